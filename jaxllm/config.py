@@ -214,7 +214,9 @@ def _set(cls, raw, parts: list[str], value, whole: str):
     head, rest = parts[0], parts[1:]
     if isinstance(raw, (list, tuple)):
         if not head.isdigit() or int(head) >= len(raw):
-            raise SettingsError(f"{whole}: {head} is not an index into the {len(raw)} entries there (0 to {len(raw) - 1})")
+            raise SettingsError(
+                f"{whole}: {head} is not an index into the {len(raw)} entries there (0 to {len(raw) - 1})"
+            )
         out = list(raw)
         out[int(head)] = _set(cls, out[int(head)], rest, value, whole) if rest else value
         return out

@@ -1,0 +1,87 @@
+"""Grouped-query attention: projections, positions and norms around the attention kernel.
+
+Shapes: B batch, T query position, S key position, D embed, N query heads, K kv heads, H head dim.
+"""
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxllm.kernels.attention import Form, PerHead, Where, attention
+from jaxllm.model.cache import LayerCache
+from jaxllm.model.param import normal, ones, rms, zeros
+from jaxllm.model.rope import alibi_slopes, rotate
+from jaxllm.model.spec import AttnSpec, ModelConfig
+from jaxllm.weights.seam import einsum, unwrap
+
+
+class Attention(nnx.Module):
+    """One attention layer; see `AttnSpec` for what it can be."""
+
+    def __init__(self, spec: AttnSpec, config: ModelConfig, rngs: nnx.Rngs):
+        self.spec, self.config = spec, config
+        D, N, K, H = config.embed, spec.heads, spec.kv_heads or spec.heads, config.head_dim(spec)
+        self.q = normal(rngs, (D, N, H), ("embed", "heads", "head"), fan_in=D)
+        self.k = normal(rngs, (D, K, H), ("embed", "kv_heads", "head"), fan_in=D)
+        self.v = normal(rngs, (D, K, H), ("embed", "kv_heads", "head"), fan_in=D)
+        # GPT-2's rule: sublayers that add to the residual stream start smaller by sqrt(2 * layers).
+        self.o = normal(rngs, (N, H, D), ("heads", "head", "embed"), fan_in=N * H, gain=(2 * config.layers) ** -0.5)
+        if spec.qkv_bias:
+            self.q_bias = zeros((N, H), ("heads", "head"))
+            self.k_bias = zeros((K, H), ("kv_heads", "head"))
+            self.v_bias = zeros((K, H), ("kv_heads", "head"))
+        if spec.out_bias:
+            self.o_bias = zeros((D,), ("embed",))
+        if spec.qk_norm == "head":
+            self.q_norm, self.k_norm = ones((H,), ("head",)), ones((H,), ("head",))
+        if spec.qk_norm == "all":
+            self.q_norm, self.k_norm = ones((N, H), ("heads", "head")), ones((K, H), ("kv_heads", "head"))
+        if spec.sinks:
+            self.sinks = zeros((N,), ("heads",))
+
+    def __call__(
+        self, x_BTD, *, positions_BT, segments_BT, rope, constrain, kind: str, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`(y_BTD, cache)`; `rope` holds `cos_BTR, sin_BTR`, or None; with a cache, queries see what it holds."""
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+        if rope is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
+        q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "seq", "heads", None), "q")
+        k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
+        if cache is not None:
+            cache = cache.write(k_BTKH, v_BTKH, positions_BT)
+            k_BKSH, v_BKSH, kind = cache.k_BKSH, cache.v_BKSH, "reference"
+            where = Where(positions_BT, cache.positions_BS)
+        else:
+            k_BKSH = constrain(k_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
+            v_BKSH = constrain(v_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
+            where = Where(positions_BT, positions_BT, segments_BT, segments_BT)
+        o_BTNH = attention(q_BTNH, k_BKSH, v_BKSH, self._form(), where, self._per_head(), kind=kind)
+        y_BTD = einsum("BTNH,NHD->BTD", checkpoint_name(o_BTNH, "attention"), self.o)
+        if self.spec.out_bias:
+            y_BTD = y_BTD + unwrap(self.o_bias).astype(y_BTD.dtype)
+        return checkpoint_name(y_BTD, "attention_out"), cache
+
+    def _project(self, x_BTD):
+        q = einsum("BTD,DNH->BTNH", x_BTD, self.q)
+        k = einsum("BTD,DKH->BTKH", x_BTD, self.k)
+        v = einsum("BTD,DKH->BTKH", x_BTD, self.v)
+        if self.spec.qkv_bias:
+            q, k, v = (x + unwrap(b).astype(x.dtype) for x, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
+        if self.spec.qk_norm is not None:
+            q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
+        return q, k, v
+
+    def _norm(self, x_BTNH, scale):
+        if self.spec.qk_norm == "head":
+            return rms(x_BTNH, scale, self.config.norm_eps)
+        flat = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
+        return rms(flat, unwrap(scale).reshape(-1), self.config.norm_eps).reshape(x_BTNH.shape)
+
+    def _form(self) -> Form:
+        scale = self.spec.scale if self.spec.scale is not None else self.config.head_dim(self.spec) ** -0.5
+        return Form(scale, self.spec.window, self.spec.softcap)
+
+    def _per_head(self) -> PerHead:
+        slopes = jax.numpy.asarray(alibi_slopes(self.spec.heads)) if self.spec.alibi else None
+        return PerHead(slopes, unwrap(self.sinks) if self.spec.sinks else None)

@@ -1,0 +1,62 @@
+"""Dense feed-forward layers.
+
+Shapes: B batch, T position, D embed, F ffw.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxllm.model.param import normal, zeros
+from jaxllm.model.spec import MlpSpec, ModelConfig
+from jaxllm.weights.seam import einsum, unwrap
+
+GATES = {
+    "swiglu": jax.nn.silu,
+    "geglu": lambda x: jax.nn.gelu(x, approximate=False),
+    "geglu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+PLAIN = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv 2109.08668
+}
+
+
+def activate(name: str, gate, up):
+    """The hidden activation: `act(gate) * up` for the gated kinds (gate is not None), else `act(up)`."""
+    return GATES[name](gate) * up if name in GATES else PLAIN[name](up)
+
+
+class Mlp(nnx.Module):
+    """Feed-forward layer; see `MlpSpec`."""
+
+    def __init__(self, spec: MlpSpec, config: ModelConfig, rngs: nnx.Rngs):
+        self.spec = spec
+        D, F = config.embed, spec.ffw
+        if spec.activation in GATES:
+            self.gate = normal(rngs, (D, F), ("embed", "ffw"), fan_in=D)
+        self.up = normal(rngs, (D, F), ("embed", "ffw"), fan_in=D)
+        self.down = normal(rngs, (F, D), ("ffw", "embed"), fan_in=F, gain=(2 * config.layers) ** -0.5)
+        if spec.bias:
+            if spec.activation in GATES:
+                self.gate_bias = zeros((F,), ("ffw",))
+            self.up_bias = zeros((F,), ("ffw",))
+            self.down_bias = zeros((D,), ("embed",))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gated, bias = self.spec.activation in GATES, self.spec.bias
+        gate = (
+            checkpoint_name(_linear("BTD,DF->BTF", x_BTD, self.gate, bias and self.gate_bias), "gate")
+            if gated
+            else None
+        )
+        up = checkpoint_name(_linear("BTD,DF->BTF", x_BTD, self.up, bias and self.up_bias), "up")
+        y_BTD = _linear("BTF,FD->BTD", activate(self.spec.activation, gate, up), self.down, bias and self.down_bias)
+        return checkpoint_name(y_BTD, "mlp_out")
+
+
+def _linear(equation, x, weight, bias):
+    y = einsum(equation, x, weight)
+    return y + unwrap(bias).astype(y.dtype) if bias is not False else y

@@ -1,0 +1,58 @@
+"""Parameters and norms: a weight's shape, logical axes and initialiser on one line."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.model.spec import ModelConfig
+from jaxllm.weights.seam import unwrap
+
+
+def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], fan_in: int, gain: float = 1.0) -> nnx.Param:
+    """A matrix drawn from N(0, gain^2 / fan_in)."""
+    value = jax.random.normal(rngs.params(), shape, jnp.float32) * (gain / math.sqrt(fan_in))
+    return nnx.Param(value, axes=tuple(axes))
+
+
+def zeros(shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=tuple(axes))
+
+
+def ones(shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
+    return nnx.Param(jnp.ones(shape, jnp.float32), axes=tuple(axes))
+
+
+def rms(x, scale, eps: float):
+    """RMSNorm over the last axis, in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (y * unwrap(scale).astype(jnp.float32)).astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.scale = ones((config.embed,), ("embed",))
+        if config.norm == "layer":
+            self.bias = zeros((config.embed,), ("embed",))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        if self.config.norm == "rms":
+            return rms(x_BTD, self.scale, self.config.norm_eps)
+        x = x_BTD.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
+        return (x * unwrap(self.scale) + unwrap(self.bias)).astype(x_BTD.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of x and scales the rest up; without a key (evaluation) x itself."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)

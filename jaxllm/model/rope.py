@@ -1,0 +1,96 @@
+"""Rotary position embeddings and the ways to stretch them.
+
+Shapes: B batch, T position, N heads, H head dim, R = half of the rotated dimensions.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.model.spec import RopeSpec
+
+
+def frequencies(rope: RopeSpec, head: int, length=None) -> tuple[jax.Array | np.ndarray, float]:
+    """Angles per position `f_R` (radians), and the factor on cos and sin.
+
+    `length` (traced, `[B, 1]`) matters to dynamic NTK only, which then returns `f_BR`. Sources: linear, Chen et al.
+    2023 (arXiv 2306.15595); YaRN, Peng et al. 2023 (arXiv 2309.00071), sections 3.1 to 3.4 and NTK-aware and dynamic
+    scaling in appendix A; Llama 3.1, the published reference implementation.
+    """
+    dims = int(head * rope.fraction)
+    exponent = np.arange(0, dims, 2) / dims
+    plain = rope.base**-exponent
+    if rope.scaling == "linear":
+        return plain / rope.factor, 1.0
+    if rope.scaling == "ntk":
+        return (rope.base * rope.factor ** (dims / (dims - 2))) ** -exponent, 1.0
+    if rope.scaling == "dynamic_ntk":
+        stretch = jnp.maximum(rope.factor * length / rope.original_context - (rope.factor - 1), 1.0)
+        return (rope.base * stretch ** (dims / (dims - 2))) ** -exponent, 1.0
+    if rope.scaling == "yarn":
+        return _yarn(rope, plain, dims), rope.attention_factor or 0.1 * math.log(rope.factor) + 1.0
+    if rope.scaling == "llama3":
+        return _llama3(rope, plain), 1.0
+    return plain, 1.0
+
+
+def _yarn(rope: RopeSpec, plain, dims: int):
+    """Equations 17 to 20: a ramp over the dimensions between interpolated and untouched frequencies."""
+
+    def dim_of(turns):  # the dimension that makes this many turns in the original context
+        return dims * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
+
+    low = max(math.floor(dim_of(rope.beta_fast)), 0)
+    high = min(math.ceil(dim_of(rope.beta_slow)), dims - 1)
+    ramp = np.clip((np.arange(dims // 2) - low) / max(high - low, 0.001), 0, 1)
+    return plain / rope.factor * ramp + plain * (1 - ramp)
+
+
+def _llama3(rope: RopeSpec, plain):
+    """Long wavelengths are interpolated, short ones kept, and those between blended."""
+    turns = rope.original_context * plain / (2 * math.pi)
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0, 1)
+    return plain * blend + plain / rope.factor * (1 - blend)
+
+
+def tables(rope: RopeSpec, head: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`cos_BTR, sin_BTR` in float32.
+
+    Dynamic NTK reads the longest position of each row, so past the original context a token's angles depend on how
+    long its row is; that is how the method is defined.
+    """
+    length_B1 = jnp.max(positions_BT, axis=1, keepdims=True) + 1 if rope.scaling == "dynamic_ntk" else None
+    angle, factor = frequencies(rope, head, length_B1)
+    angle = jnp.asarray(angle, jnp.float32)
+    angle_BTR = positions_BT[..., None].astype(jnp.float32) * (angle[:, None] if angle.ndim == 2 else angle)
+    return jnp.cos(angle_BTR) * factor, jnp.sin(angle_BTR) * factor
+
+
+def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
+    """Rotates dimensions i and i + R by the angles (the halves layout of Hugging Face), the rest pass; in float32."""
+    R = cos_BTR.shape[-1]
+    cos, sin = cos_BTR[:, :, None], sin_BTR[:, :, None]
+    a, b, rest = x_BTNH[..., :R], x_BTNH[..., R : 2 * R], x_BTNH[..., 2 * R :]
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Slopes per head, geometric from 2^(-8/n); for other counts the odd ones of twice the power (ALiBi, section 3)."""
+
+    def powers(n):
+        return [2 ** (-8 * (i + 1) / n) for i in range(n)]
+
+    below = 2 ** math.floor(math.log2(heads))
+    return np.array((powers(below) + powers(2 * below)[::2])[:heads], np.float32)
+
+
+def sinusoids(positions_BT: jax.Array, embed: int) -> jax.Array:
+    """Fixed absolute positions `[B, T, embed]` (Vaswani et al. 2017, section 3.5; sines, then cosines)."""
+    rates = 10_000.0 ** (-np.arange(0, embed, 2) / embed)
+    angle = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(rates, jnp.float32)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[..., :embed]

@@ -1,0 +1,390 @@
+"""The decoder, and `build`: the only bridge from its description to functions on plain trees of weights.
+
+Layers are stored stacked by slot of the layer pattern and scanned one period at a time; see `docs/design.md`.
+
+Shapes: B batch, T position, D embed, V vocab, E experts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_policies
+
+from jaxllm.errors import SettingsError
+from jaxllm.model.attention import Attention
+from jaxllm.model.cache import Cache
+from jaxllm.model.mlp import Mlp
+from jaxllm.model.moe import Moe, MoeAux, update_bias
+from jaxllm.model.param import Norm, dropout, normal
+from jaxllm.model.rope import sinusoids, tables
+from jaxllm.model.spec import Kernels, LayerSpec, ModelConfig, RopeSpec, remat_policy_names
+from jaxllm.sharding import Sharding, make_sharding
+from jaxllm.weights.seam import einsum, take
+
+Params = dict[str, Any]
+
+
+class Block(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig, rngs: nnx.Rngs):
+        self.spec, self.config = spec, config
+        self.attn = Attention(spec.attn, config, rngs)
+        if spec.mlp is not None:
+            self.mlp = Mlp(spec.mlp, config, rngs)
+        else:
+            self.moe = Moe(spec.moe, config, rngs)
+        if config.norm_placement != "post":
+            self.attn_norm, self.mlp_norm = Norm(config), Norm(config)
+        if config.norm_placement != "pre":
+            self.attn_post_norm, self.mlp_post_norm = Norm(config), Norm(config)
+
+    def __call__(self, x_BTD, context: "Context", cache=None, key=None) -> tuple[jax.Array, Any, MoeAux | None]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        rope = context.rope(self.spec.attn.rope, self.config.head_dim(self.spec.attn))
+        h, cache = self.attn(
+            self._before(x_BTD, "attn"),
+            positions_BT=context.positions_BT,
+            segments_BT=context.segments_BT,
+            rope=rope,
+            constrain=context.sharding.constrain,
+            kind=context.attention,
+            cache=cache,
+        )
+        x_BTD = self._add(x_BTD, h, "attn", context, keys[0])
+        h, aux = self._before(x_BTD, "mlp"), None
+        if self.spec.mlp is not None:
+            h = self.mlp(h)
+        else:
+            h, aux = self.moe(h, context.real_BT)
+        return self._add(x_BTD, h, "mlp", context, keys[1]), cache, aux
+
+    def _before(self, x_BTD, part: str):
+        return x_BTD if self.config.norm_placement == "post" else getattr(self, f"{part}_norm")(x_BTD)
+
+    def _add(self, x_BTD, h_BTD, part: str, context, key):
+        if self.config.norm_placement != "pre":
+            h_BTD = getattr(self, f"{part}_post_norm")(h_BTD)
+        return context.sharding.constrain(x_BTD + dropout(h_BTD, self.config.dropout, key), "batch", "seq", None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer of one forward pass shares."""
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None
+    real_BT: jax.Array
+    tables: tuple[tuple[jax.Array, jax.Array], ...]
+    ropes: tuple[tuple[RopeSpec, int], ...] = dataclasses.field(metadata=dict(static=True))
+    sharding: Sharding = dataclasses.field(metadata=dict(static=True))
+    attention: str = dataclasses.field(metadata=dict(static=True))
+
+    def rope(self, spec: RopeSpec | None, head: int) -> tuple[jax.Array, jax.Array] | None:
+        """`cos_BTR, sin_BTR`, computed once for all layers that share them."""
+        return self.tables[self.ropes.index((spec, head))] if spec is not None else None
+
+
+class Transformer(nnx.Module):
+    """Embedding, layers and final norm; the head is `unembed`."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        D, V = config.embed, config.padded_vocab
+        self.embed = normal(rngs, (V, D), ("vocab", "embed"), fan_in=D)
+        if config.positions == "learned":
+            self.positions = normal(rngs, (config.context, D), (None, "embed"), fan_in=D)
+        self.prefix = nnx.data({str(i): Block(spec, config, rngs) for i, spec in enumerate(config.prefix)})
+        self.layers = nnx.data(
+            {str(i): _stack(spec, config, rngs) for i, spec in enumerate(config.pattern) if config.periods}
+        )
+        self.suffix = nnx.data({str(i): Block(spec, config, rngs) for i, spec in enumerate(config.suffix)})
+        self.norm = Norm(config)
+        if not config.tied:
+            self.head = normal(rngs, (V, D), ("vocab", "embed"), fan_in=D)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        cache: Cache | None,
+        key: jax.Array | None,
+        sharding: Sharding,
+        kernels: Kernels,
+    ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+        """`(hidden_BTD, cache, aux)`; see `Model.apply`."""
+        context = self._context(tokens_BT, positions_BT, segments_BT, sharding, kernels)
+        x_BTD = self._embed(tokens_BT, context, key)
+        run = Run(self.config, context, key, caches=list(cache) if cache is not None else None)
+        for slot, block in self.prefix.items():
+            x_BTD = run.layer(block, x_BTD, ("prefix", slot))
+        if self.layers:
+            scan = cache is None and self.config.layers > _unroll_up_to(kernels)
+            x_BTD = (run.scanned if scan else run.unrolled)(self.layers, x_BTD)
+        for slot, block in self.suffix.items():
+            x_BTD = run.layer(block, x_BTD, ("suffix", slot))
+        return self.norm(x_BTD), tuple(run.caches) if cache is not None else None, run.aux()
+
+    def _context(self, tokens_BT, positions_BT, segments_BT, sharding, kernels) -> Context:
+        specs = [s.attn for s in self.config.layer_specs if s.attn.rope is not None]
+        ropes = tuple(dict.fromkeys((attn.rope, self.config.head_dim(attn)) for attn in specs))
+        return Context(
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+            real_BT=positions_BT >= 0 if segments_BT is None else segments_BT > 0,
+            tables=tuple(tables(*pair, positions_BT) for pair in ropes),
+            ropes=ropes,
+            sharding=sharding,
+            attention=kernels.attention if sharding.mesh.shape["context"] == 1 else "reference",
+        )
+
+    def _embed(self, tokens_BT, context: Context, key):
+        x_BTD = take(self.embed, tokens_BT, self.config.dtype)
+        if self.config.embed_scale is not None:
+            x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
+        if self.config.positions == "learned":
+            x_BTD = x_BTD + take(self.positions, jnp.maximum(context.positions_BT, 0), x_BTD.dtype)
+        if self.config.positions == "sinusoidal":
+            x_BTD = x_BTD + sinusoids(context.positions_BT, self.config.embed).astype(x_BTD.dtype)
+        key = None if key is None else jax.random.fold_in(key, self.config.layers)
+        return dropout(context.sharding.constrain(x_BTD, "batch", "seq", None), self.config.dropout, key)
+
+
+def _stack(spec: LayerSpec, config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    """The layers of one pattern slot as a Block whose weights have a leading axis over periods."""
+    return nnx.vmap(lambda r: Block(spec, config, r))(rngs.fork(split=config.periods))
+
+
+def _unroll_up_to(kernels: Kernels) -> int:
+    # Scanning copies each layer's saved activations into stacked buffers: 8 to 20 % of a step on CPU at 6 layers.
+    return kernels.unroll if kernels.unroll is not None else 8 if jax.default_backend() == "cpu" else 0
+
+
+class Run:
+    """One pass through the layers: counts them, hands out caches and keys, gathers what the experts report."""
+
+    def __init__(self, config: ModelConfig, context: Context, key, caches: list | None):
+        self.config, self.context, self.key, self.caches = config, context, key, caches
+        self.index, self.found = 0, {}
+        names = remat_policy_names(config.remat)
+        self.remat = (lambda f: f) if names is None or caches is not None else _remat(*names)
+
+    def layer(self, block: Block, x_BTD, where: tuple[str, ...]):
+        """One layer outside the scan."""
+        cache = self.caches[self.index] if self.caches is not None else None
+        key = None if self.key is None else jax.random.fold_in(self.key, self.index)
+        x_BTD, cache, aux = self.remat(_call)(*nnx.split(block), x_BTD, self.context, cache, key)
+        if self.caches is not None:
+            self.caches[self.index] = cache
+        if aux is not None:
+            self.found[where] = aux
+        self.index += 1
+        return x_BTD
+
+    def unrolled(self, slots: dict[str, Block], x_BTD):
+        """The stacked layers one after another, each with its slice of the stack."""
+        stacked = {slot: nnx.split(block) for slot, block in slots.items()}
+        for period in range(self.config.periods):
+            for slot, (graph, state) in stacked.items():
+                block = nnx.merge(graph, _slice(state, period))
+                x_BTD = self.layer(block, x_BTD, ("layers", slot, period))
+        for slot in slots:  # what a scan would have stacked
+            auxes = [self.found.pop(("layers", slot, p), None) for p in range(self.config.periods)]
+            if auxes[0] is not None:
+                self.found["layers", slot] = jax.tree.map(lambda *xs: jnp.stack(xs), *auxes)
+        return x_BTD
+
+    def scanned(self, slots: dict[str, Block], x_BTD):
+        """The stacked layers by `lax.scan` over periods: compile time does not grow with depth."""
+        stacked = {slot: nnx.split(block) for slot, block in slots.items()}
+        graphs = {slot: graph for slot, (graph, _) in stacked.items()}
+
+        def period(x_BTD, step):
+            states, first = step
+            auxes = {}
+            for i, (slot, graph) in enumerate(graphs.items()):
+                key = None if self.key is None else jax.random.fold_in(self.key, first + i)
+                x_BTD, _, auxes[slot] = _call(graph, states[slot], x_BTD, self.context, None, key)
+            return x_BTD, auxes
+
+        first_P = self.index + jnp.arange(self.config.periods) * len(slots)
+        states = {slot: state for slot, (_, state) in stacked.items()}
+        x_BTD, auxes = jax.lax.scan(self.remat(period), x_BTD, (states, first_P))
+        self.index += self.config.periods * len(slots)
+        self.found |= {("layers", slot): aux for slot, aux in auxes.items() if aux is not None}
+        return x_BTD
+
+    def aux(self) -> dict[str, Any]:
+        """Per-row losses summed over layers, and each expert's load keyed by the layer's place in the weights."""
+        if not self.found:
+            return {}
+        sums = [jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), aux) for aux in self.found.values()]
+        total = jax.tree.map(lambda *xs: jnp.concatenate(xs), *[a._replace(load_E=jnp.zeros((1, 1))) for a in sums])
+        return {
+            "loss_B": jnp.sum(total.loss_B, axis=0),
+            "balance_B": jnp.mean(total.balance_B, axis=0),
+            "router_z_B": jnp.mean(total.z_B, axis=0),
+            "dropped_B": jnp.mean(total.dropped_B, axis=0),
+            "load": {"/".join(where): aux.load_E for where, aux in self.found.items()},
+        }
+
+
+def _call(graph, state, x_BTD, context: Context, cache, key):
+    return nnx.merge(graph, state)(x_BTD, context, cache, key)
+
+
+def _slice(state, period: int):
+    """Period `period` of stacked weights; an `Unstacked` tuple gives its element without a copy."""
+    return jax.tree.map(lambda w: w[period], state, is_leaf=lambda w: isinstance(w, tuple))
+
+
+def _remat(save: tuple[str, ...], offload: tuple[str, ...]):
+    """`jax.checkpoint` that keeps the named values, on the device or in the host's memory."""
+    policy = checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=save,
+        names_which_can_be_offloaded=offload,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return partial(jax.checkpoint, policy=policy if save or offload else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as functions on plain nested dicts of weights; made by `build`."""
+
+    config: ModelConfig
+    sharding: Sharding
+    kernels: Kernels
+    abstract: Params
+    """Shapes, dtypes and shardings of the weights."""
+    axes: dict[str, Any]
+    """Logical axes of each weight, same structure."""
+    init: Callable[[jax.Array], Params]
+    """`init(key)`: new weights, made where they will live."""
+    graph: Any
+    """The nnx description with the weights taken out."""
+
+    def apply(
+        self, params: Params, tokens_BT, *, positions_BT=None, segments_BT=None, cache: Cache | None = None, key=None
+    ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+        """Forward pass: `(hidden_BTD, cache, aux)`.
+
+        Args:
+          params: weights; leaves may be arrays or any weight type.
+          tokens_BT: ids in 0..vocab-1.
+          positions_BT: position of each token in its document; default 0, 1, ...; -1 marks padding under a cache.
+          segments_BT: number of the document in the row, 0 for padding; tokens attend within their segment only.
+          cache: from `make_cache`; the new tokens see what it holds and are added to what comes back.
+          key: of dropout; None for evaluation.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        return nnx.merge(self.graph, params)(
+            tokens_BT,
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+            cache=cache,
+            key=key,
+            sharding=self.sharding,
+            kernels=self.kernels,
+        )
+
+    def head(self, params: Params) -> Any:
+        """The weight that `unembed` needs: the head, or the tied embedding table."""
+        return params["embed" if self.config.tied else "head"]
+
+    def unembed(self, head, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits `[B, T, V]` in float32; V is the vocabulary without its padding."""
+        logits_BTV = einsum("BTD,VD->BTV", hidden_BTD, head, dtype=jnp.float32)
+        logits_BTV = self.sharding.constrain(logits_BTV, "batch", "seq", "vocab")
+        if self.config.logit_softcap is not None:
+            logits_BTV = self.config.logit_softcap * jnp.tanh(logits_BTV / self.config.logit_softcap)
+        if self.config.padded_vocab != self.config.vocab:
+            logits_BTV = jnp.where(jnp.arange(self.config.padded_vocab) < self.config.vocab, logits_BTV, -1e30)
+        return logits_BTV
+
+    def logits(self, params: Params, tokens_BT, **kwargs) -> jax.Array:
+        """`apply` and `unembed` in one: logits `[B, T, V]` in float32."""
+        return self.unembed(self.head(params), self.apply(params, tokens_BT, **kwargs)[0])
+
+    def balance(self, params: Params, load: dict[str, jax.Array]) -> Params:
+        """The weights with the router biases moved towards equal load (layers with balance=bias; others untouched)."""
+        for where, load_E in load.items():
+            group, slot = where.split("/")
+            spec = getattr(self.config, "pattern" if group == "layers" else group)[int(slot)].moe
+            if spec.balance == "bias":
+                block = params[group][slot]
+                bias = update_bias(block["moe"]["bias"], load_E, spec.bias_rate or 0.001)
+                block = {**block, "moe": {**block["moe"], "bias": bias}}
+                params = {**params, group: {**params[group], slot: block}}
+        return params
+
+
+def build(config: ModelConfig, sharding: Sharding | None = None, kernels: Kernels | None = None) -> Model:
+    """The model that `config` describes, on the mesh of `sharding` (default: all devices).
+
+    Raises SettingsError when a weight does not divide over the mesh.
+    """
+    sharding = sharding or make_sharding()
+    described = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+    graph, state = nnx.split(described)
+    axes, abstract = {}, {}
+    for path, variable in nnx.to_flat_state(state):
+        keys, value = tuple(map(str, path)), variable.get_value()
+        names = tuple(variable.get_metadata()["axes"])
+        names = ("layers",) * (value.ndim - len(names)) + names
+        where = sharding.weight(names, value.shape, "/".join(keys))
+        _put(axes, keys, names)
+        _put(abstract, keys, jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where))
+
+    def init(key):
+        return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(key))))
+
+    init = jax.jit(init, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))
+    return Model(config, sharding, kernels or Kernels(), abstract, axes, init, graph)
+
+
+def _put(tree: dict, keys: tuple[str, ...], value) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[keys[-1]] = value
+
+
+def active_parameters(config: ModelConfig, abstract: Params) -> tuple[int, int]:
+    """`(total, active)`: all parameters, and those in a matrix product for one token (no embedding gather, no norms)."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    D, active = config.embed, config.padded_vocab * config.embed
+    for spec in config.layer_specs:
+        attn, head = spec.attn, config.head_dim(spec.attn)
+        active += D * head * 2 * (attn.heads + (attn.kv_heads or attn.heads))
+        for part in filter(None, (spec.mlp, spec.moe)):
+            matrices = 3 if part.activation in ("swiglu", "geglu", "geglu_tanh") else 2
+            if part is spec.mlp:
+                active += matrices * D * part.ffw
+            else:
+                active += matrices * D * (part.ffw * part.experts_per_token + part.shared_ffw) + D * part.experts
+    return total, active
+
+
+def check_tokens(config: ModelConfig, tokens, context: int | None = None) -> None:
+    """Raises SettingsError for ids outside the vocabulary or more tokens than learned positions."""
+    import numpy as np
+
+    tokens = np.asarray(tokens)
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= config.vocab):
+        where = np.argwhere((tokens < 0) | (tokens >= config.vocab))[0]
+        raise SettingsError(
+            f"token id {tokens[tuple(where)]} at {where.tolist()} is outside the vocabulary of {config.vocab}"
+        )
+    length = context or tokens.shape[-1]
+    if config.positions == "learned" and length > config.context:
+        raise SettingsError(f"{length} tokens are more than the {config.context} learned positions (model.context)")

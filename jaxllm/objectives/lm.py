@@ -1,0 +1,131 @@
+"""Next-token prediction: cross-entropy in chunks, z-loss, and the losses of the router.
+
+An objective is `(model, params, batch, key) -> (loss_sum, count, metrics)`. Sums and counts, never means: then
+accumulation, packing and data parallelism give the gradient of one big batch.
+
+Shapes: B batch, T position, D embed, V vocab, C chunks of the sequence, J positions of a chunk.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.data.batch import TokenBatch
+from jaxllm.model.transformer import Model, Params
+
+#: Most logits held at once, over the batch: 16 MiB of float32 (it fits a CPU's caches better than one big block).
+CHUNK_LOGITS = 1 << 22
+
+Metrics = dict[str, Any]
+
+
+def lm(model: Model, params: Params, batch: TokenBatch, key=None, *, z_loss: float = 0.0):
+    """`(loss_sum, count, metrics)` over the targets that `batch.mask_BT` chooses; every metric is a sum over them.
+
+    z_loss weighs the square of the log of the softmax's sum (PaLM, arXiv 2204.02311, section 5).
+    """
+    hidden_BTD, _, aux = model.apply(
+        params, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, key=key
+    )
+    mask_BT = batch.mask_BT.astype(jnp.float32)
+    count = jnp.sum(mask_BT)
+    loss, ce = cross_entropy(model, model.head(params), hidden_BTD, batch.targets_BT, mask_BT, z_loss)
+    metrics = {"ce": ce}
+    if aux:
+        count_B = jnp.sum(mask_BT, axis=1)
+        loss = loss + jnp.sum(count_B * aux["loss_B"])
+        metrics |= {name[:-2]: jnp.sum(count_B * aux[name]) for name in ("balance_B", "router_z_B", "dropped_B")}
+        metrics["load"] = aux["load"]
+    return loss, count, metrics
+
+
+def cross_entropy(model: Model, head, hidden_BTD, targets_BT, mask_BT, z_loss: float = 0.0):
+    """`(loss, ce)`, sums over the masked targets; ce has no gradient. Float32 logits exist a chunk at a time.
+
+    loss = ce + z_loss * sum (log sum exp logits)^2 and ce = sum -log p(target). The gradient is computed in the
+    forward pass, chunk by chunk, so that no logits are kept or computed twice. Any weight type can be the head.
+    """
+    chunks = _chunks(hidden_BTD.shape, model.config.padded_vocab)
+    loss, ce = _cross_entropy(model.unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT)
+    return loss, jax.lax.stop_gradient(ce)
+
+
+def _chunks(shape, vocab: int) -> int:
+    B, T, _ = shape
+    wanted = max(2, math.ceil(B * T * vocab / CHUNK_LOGITS))
+    return next((n for n in range(min(wanted, T), T + 1) if T % n == 0), T)
+
+
+def _chunk_sums(unembed, head, hidden_BJD, targets_BJ, mask_BJ, z_loss):
+    logits_BJV = unembed(head, hidden_BJD)
+    lse_BJ = jax.nn.logsumexp(logits_BJV, axis=-1)
+    # A comparison and a sum, not a gather: it stays local where the vocabulary is split over devices.
+    hit_BJV = jnp.arange(logits_BJV.shape[-1]) == targets_BJ[..., None]
+    ce = jnp.sum((lse_BJ - jnp.sum(jnp.where(hit_BJV, logits_BJV, 0), axis=-1)) * mask_BJ)
+    return ce + z_loss * jnp.sum(jnp.square(lse_BJ) * mask_BJ), ce
+
+
+def _split(x, chunks: int):
+    """`[B, T, ...] -> [C, B, J, ...]` with every C-th position in a chunk, so that a split sequence stays split."""
+    B, T = x.shape[:2]
+    return jnp.moveaxis(x.reshape(B, T // chunks, chunks, *x.shape[2:]), 2, 0)
+
+
+def _join(x_C):
+    C, B, J = x_C.shape[:3]
+    return jnp.moveaxis(x_C, 0, 2).reshape(B, J * C, *x_C.shape[3:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cross_entropy(unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT):
+    def body(total, chunk):
+        return jax.tree.map(jnp.add, total, _chunk_sums(unembed, head, *chunk, z_loss)), None
+
+    xs = tuple(_split(x, chunks) for x in (hidden_BTD, targets_BT, mask_BT))
+    return jax.lax.scan(body, (jnp.zeros(()), jnp.zeros(())), xs)[0]
+
+
+def _forward(unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT):
+    floating, rest, merge = _differentiable(head)
+
+    def body(carry, chunk):
+        hidden, targets, mask = chunk
+
+        def f(floating, hidden):
+            return _chunk_sums(unembed, merge(floating, rest), hidden, targets, mask, z_loss)
+
+        loss, pull, ce = jax.vjp(f, floating, hidden, has_aux=True)
+        d_head, d_hidden = pull(jnp.ones(()))
+        return jax.tree.map(jnp.add, carry, (loss, ce, d_head)), d_hidden
+
+    zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, floating))
+    xs = tuple(_split(x, chunks) for x in (hidden_BTD, targets_BT, mask_BT))
+    (loss, ce, d_head), d_hidden = jax.lax.scan(body, zero, xs)
+    return (loss, ce), (merge(d_head, [None] * len(rest)), _join(d_hidden))
+
+
+def _backward(unembed, chunks, z_loss, saved, cotangents):
+    scaled = jax.tree.map(lambda d: (cotangents[0] * d).astype(d.dtype), saved)
+    return *scaled, None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _differentiable(tree):
+    """`(floating leaves, other leaves, merge)`: integer leaves (quantised weights) have no gradient."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+
+    def merge(floating, rest):
+        floating, rest = iter(floating), iter(rest)
+        return jax.tree.unflatten(treedef, [next(floating if f else rest) for f in is_float])
+
+    return (
+        [x for x, f in zip(leaves, is_float, strict=True) if f],
+        [x for x, f in zip(leaves, is_float, strict=True) if not f],
+        merge,
+    )

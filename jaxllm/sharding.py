@@ -1,0 +1,171 @@
+"""One mesh, one table from logical axes to mesh axes, and the shardings that follow from them.
+
+A weight or an activation names its axes ("embed", "heads", ...); RULES says which mesh axis splits each one. The
+same code runs on one device and on thousands: a mesh axis of size 1 splits nothing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.config import settings
+from jaxllm.errors import SettingsError, nearest
+
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+#: Logical axis -> the mesh axes that split it. "batch" and "seq" belong to activations, the rest to weights as well.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp", "expert"),
+    "seq": "context",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head": None,
+    "ffw": "tensor",
+    "vocab": "tensor",
+    "expert": "expert",
+    "layers": None,
+    "rank": None,
+}
+
+#: What else a user can do when an axis does not divide, beside another mesh.
+OPT_INS = {
+    "kv_heads": "or replicate the kv heads: parallel.rules.kv_heads=null",
+    "vocab": "or pad the vocabulary: model.vocab_multiple={size}",
+}
+
+
+@settings
+class ParallelConfig:
+    """How many devices split each mesh axis; one of them may be -1 and takes what is left."""
+
+    data: int = 1
+    """Replicas of the model, each with its own rows (across slices too)."""
+    fsdp: int = -1
+    """Devices that share the weights and split the rows (fully sharded data parallelism)."""
+    expert: int = 1
+    """Devices that split the experts of a mixture of experts, and the rows elsewhere."""
+    context: int = 1
+    """Devices that split each sequence."""
+    tensor: int = 1
+    """Devices that split heads, feed-forward and vocabulary."""
+    rules: dict[str, str | tuple[str, ...] | None] = dataclasses.field(default_factory=dict)
+    """Overrides of the table from logical axes to mesh axes, such as {kv_heads: null}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A mesh and its rules: gives the sharding of anything that names its axes."""
+
+    mesh: Mesh
+    rules: tuple[tuple[str, str | tuple[str, ...] | None], ...] = tuple(RULES.items())
+
+    @property
+    def batch_size(self) -> int:
+        """Number of ways in which the rows of a batch are split."""
+        return self._size(dict(self.rules)["batch"])
+
+    def _size(self, mesh_axes) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in _tuple(mesh_axes))
+
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int], path: str) -> PartitionSpec:
+        """The partition of a weight. Raises SettingsError when a dimension does not divide."""
+        rules, out = dict(self.rules), []
+        for axis, dim in zip(axes, shape, strict=True):
+            mesh_axes = rules[axis] if axis else None
+            if dim % self._size(mesh_axes):
+                raise SettingsError(self._does_not_divide(axis, dim, mesh_axes, path))
+            out.append(mesh_axes)
+        return PartitionSpec(*out)
+
+    def _does_not_divide(self, axis, dim, mesh_axes, path) -> str:
+        size = self._size(mesh_axes)
+        names = "*".join(_tuple(mesh_axes))
+        fits = ", ".join(str(n) for n in range(1, size) if dim % n == 0)
+        hint = OPT_INS.get(axis, "").format(size=size)
+        return (
+            f"{path}: {axis}={dim} does not divide over {names}={size}; sizes that fit: {fits}{'; ' * bool(hint)}{hint}"
+        )
+
+    def weight(self, axes, shape, path: str) -> NamedSharding:
+        """The sharding of a weight with these logical axes."""
+        return NamedSharding(self.mesh, self.spec(axes, shape, path))
+
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Asks the compiler to lay an activation out by its logical axes; an axis that does not divide is left whole."""
+        rules = dict(self.rules)
+        parts = [rules[a] if a and x.shape[i] % self._size(rules[a]) == 0 else None for i, a in enumerate(axes)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*parts)))
+
+    def batch(self, batch: Any) -> Any:
+        """Puts the host arrays of this process's rows ([rows, T], rows split over the processes) on the devices."""
+        rules = dict(self.rules)
+
+        def put(x):
+            sharding = NamedSharding(self.mesh, PartitionSpec(rules["batch"], *([rules["seq"]] if x.ndim > 1 else [])))
+            return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+        return jax.tree.map(put, batch)
+
+
+def _tuple(mesh_axes) -> tuple[str, ...]:
+    return () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+
+
+def make_sharding(config: ParallelConfig | None = None, devices=None) -> Sharding:
+    """The mesh and rules that the settings ask for, over `devices` (default: all).
+
+    Raises SettingsError that says which sizes would fit.
+    """
+    config = config or ParallelConfig()
+    devices = list(devices if devices is not None else jax.devices())
+    sizes = _sizes(config, len(devices))
+    mesh = _mesh(sizes, devices)
+    for axis, target in config.rules.items():
+        if axis not in RULES:
+            raise SettingsError(f"parallel.rules: unknown logical axis {axis}{nearest(axis, RULES)}")
+        for name in _tuple(target):
+            if name not in MESH_AXES:
+                raise SettingsError(f"parallel.rules.{axis}: unknown mesh axis {name}{nearest(name, MESH_AXES)}")
+    return Sharding(mesh, tuple((RULES | config.rules).items()))
+
+
+def _sizes(config: ParallelConfig, n: int) -> tuple[int, ...]:
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    bad = [f"parallel.{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]
+    if bad or len(free) > 1:
+        raise SettingsError(f"{', '.join(bad) or 'parallel: more than one -1'}: a size is 1 or more, and one may be -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if n % fixed or (not free and fixed != n):
+        asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+        fits = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+        advice = f"products that fit: {fits}" if free else f"the product must be {n}, or set parallel.fsdp=-1"
+        raise SettingsError(f"the mesh {asked or 'of size 1'} does not fit {n} devices; {advice}")
+    return tuple(n // fixed if size == -1 else size for size in sizes.values())
+
+
+def _mesh(sizes: tuple[int, ...], devices: list) -> Mesh:
+    # Auto, said in words: jax.make_mesh now defaults to Explicit, under which `table[tokens]` raises.
+    types = (AxisType.Auto,) * len(sizes)
+    if devices[0].platform == "cpu":
+        return Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=types)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1:  # only the data axis crosses the slow network between slices
+        from jax.experimental.mesh_utils import create_hybrid_device_mesh
+
+        if sizes[0] % slices:
+            raise SettingsError(
+                f"parallel.data={sizes[0]} does not divide over {slices} slices; use a multiple of {slices}"
+            )
+        inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1))
+        return Mesh(create_hybrid_device_mesh(inner, outer, devices), MESH_AXES, axis_types=types)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)

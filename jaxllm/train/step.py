@@ -1,0 +1,157 @@
+"""The training step: gradient of an objective, guard against non-finite values, update. One jitted function.
+
+Shapes: A microbatches, B rows of a microbatch, T positions.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxllm import tree
+from jaxllm.model.transformer import Model, Params
+
+Objective = Callable[[Model, Params, Any, jax.Array | None], tuple[jax.Array, jax.Array, dict[str, Any]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step reads and writes; saved whole. The data position lives outside of jit."""
+
+    step: jax.Array
+    """Steps done, int32."""
+    params: Params
+    """Weights, float32 unless a weight type says otherwise."""
+    opt: Any
+    """Optimizer state of the trainable weights."""
+    key: jax.Array
+    """Root of all randomness; step n uses fold_in(key, n)."""
+    extra: dict[str, Any]
+    """`skipped`: steps skipped in all; `skipped_in_row`; `ema`: averaged weights, when asked for."""
+
+
+def make_state(
+    model: Model, tx: optax.GradientTransformation, key, *, params=None, trainable="**", ema=False
+) -> TrainState:
+    """A fresh state, every array made where it will live. `params` defaults to new weights."""
+    init_key, key = jax.random.split(key)
+    params = model.init(init_key) if params is None else params
+    chosen, _ = tree.partition(params, tree.select(params, trainable))
+    opt = jax.jit(tx.init, out_shardings=opt_shardings(model, tx, chosen))(chosen)
+    where = model.sharding.replicated()
+    zero = jax.device_put(jnp.zeros((), jnp.int32), where)
+    extra = {"skipped": zero, "skipped_in_row": zero.copy()}
+    if ema:
+        extra["ema"] = jax.tree.map(jnp.copy, chosen)
+    return TrainState(zero.copy(), params, opt, jax.device_put(key, where), extra)
+
+
+def opt_shardings(model: Model, tx: optax.GradientTransformation, chosen: Params):
+    """Optimizer state is laid out as the weight it belongs to; what belongs to none (counters) is replicated."""
+    shapes = jax.eval_shape(tx.init, chosen)
+    by_path = {path: leaf for path, leaf in tree.flatten(chosen).items()}
+
+    def place(path, leaf):
+        owner = next((w for p, w in by_path.items() if path.endswith("/" + p) and w.shape == leaf.shape), None)
+        return model.sharding.replicated() if owner is None else owner.sharding
+
+    return tree.map_with_path(place, shapes)
+
+
+def make_train_step(
+    model: Model,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    *,
+    trainable: str = "**",
+    accumulate: int = 1,
+    ema: float | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, batch) -> (state, metrics)`, jitted, with the state donated.
+
+    Args:
+      trainable: pattern over weight paths; the others get no gradient and no optimizer state.
+      accumulate: batch leaves are `[A * B, ...]`; rows are split into A microbatches whose sums are added.
+      ema: decay of an average of the trainable weights, or None.
+
+    A step whose gradient is not finite changes neither weights nor optimizer; it is counted in `extra`.
+    """
+
+    def step(state: TrainState, batch):
+        mask = tree.select(state.params, trainable)
+        chosen, frozen = tree.partition(state.params, mask)
+        key = jax.random.fold_in(state.key, state.step)
+
+        def loss_of(chosen, batch, key):
+            loss, count, metrics = objective(model, tree.combine(chosen, frozen), batch, key)
+            return loss, (count, metrics)
+
+        (loss, (count, metrics)), grads = _accumulate(loss_of, chosen, batch, key, accumulate)
+        scale = 1 / jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+
+        updates, opt = tx.update(grads, state.opt, chosen)
+        updated = optax.apply_updates(chosen, updates)
+        load = metrics.pop("load", {})
+        params = model.balance(tree.combine(updated, frozen), load)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        params, opt = keep(params, state.params), keep(opt, state.opt)
+        extra = _extra(state.extra, finite, ema, tree.partition(params, mask)[0])
+        out = {"loss": loss * scale, "grad_norm": norm, "targets": count, "skipped": extra["skipped"]}
+        out |= {name: value * scale for name, value in metrics.items()}
+        out |= (
+            {"skipped_in_row": extra["skipped_in_row"], "expert_load_max": _worst_load(load)}
+            if load
+            else {"skipped_in_row": extra["skipped_in_row"]}
+        )
+        return TrainState(state.step + 1, params, opt, state.key, extra), out
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _accumulate(loss_of, chosen, batch, key, accumulate: int):
+    """Value, auxiliary sums and gradient over all microbatches; each has its own key."""
+    grad = jax.value_and_grad(loss_of, has_aux=True)
+    if accumulate == 1:
+        return grad(chosen, batch, key)
+
+    def microbatch(i):
+        # Rows i, i + A, ...: every device keeps its own rows when the batch is split over devices.
+        return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:])[:, i], batch)
+
+    def body(total, i):
+        return jax.tree.map(jnp.add, total, grad(chosen, microbatch(i), jax.random.fold_in(key, i))), None
+
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, chosen, jax.eval_shape(microbatch, 0), key))
+    return jax.lax.scan(body, zero, jnp.arange(accumulate))[0]
+
+
+def _extra(extra, finite, decay, chosen):
+    extra = dict(extra)
+    extra["skipped"] = extra["skipped"] + ~finite
+    extra["skipped_in_row"] = jnp.where(finite, 0, extra["skipped_in_row"] + 1)
+    if decay is not None:
+        extra["ema"] = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), extra["ema"], chosen)
+    return extra
+
+
+def _worst_load(load: dict[str, jax.Array]):
+    """Largest share of an expert over its fair share, over all layers: 1 is balanced."""
+    return jnp.max(jnp.stack([jnp.max(x / jnp.mean(x, axis=-1, keepdims=True)) for x in load.values()]))
+
+
+def make_eval_step(model: Model, objective: Objective) -> Callable[[Params, Any], dict[str, jax.Array]]:
+    """`evaluate(params, batch) -> {"loss": sum, "targets": count, ...}`: sums of one batch, without dropout."""
+
+    def evaluate(params, batch):
+        loss, count, metrics = objective(model, params, batch, None)
+        metrics.pop("load", None)
+        return {"loss": loss, "targets": count} | metrics
+
+    return jax.jit(evaluate)
