@@ -100,7 +100,7 @@ class Sharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Asks the compiler to lay an activation out by its logical axes; an axis that does not divide is left whole."""
+        """Asks the compiler to lay out an activation by its logical axes; one that does not divide is left whole."""
         rules = dict(self.rules)
         parts = [rules[a] if a and x.shape[i] % self._size(rules[a]) == 0 else None for i, a in enumerate(axes)]
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*parts)))

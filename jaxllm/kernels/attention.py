@@ -45,7 +45,10 @@ class PerHead(NamedTuple):
     """A learned logit that takes part in the softmax and holds no value (GPT-OSS; arXiv 2309.17453)."""
 
 
-def reference(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead = PerHead()) -> jax.Array:
+NO_HEADS = PerHead()
+
+
+def reference(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead = NO_HEADS) -> jax.Array:
     """Attention as the equations have it, with all logits in memory. Returns `o_BTNH`."""
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
@@ -56,7 +59,7 @@ def reference(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead =
     return o_BTKGH.reshape(B, T, N, H)
 
 
-def blockwise(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead = PerHead()) -> jax.Array:
+def blockwise(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead = NO_HEADS) -> jax.Array:
     """Self-attention by chunks of queries against the keys they can see; no T by T array outlives a chunk.
 
     The backward pass recomputes each chunk's probabilities from the saved log-sum-exp (FlashAttention, arXiv
@@ -95,7 +98,7 @@ def _logits(q_BKGTH, k_BKSH, form: Form, where: Where, slopes):
 
 
 def _exponentials(s_BKGTS, sinks):
-    """Unnormalised probabilities, their sum and the log of it; a sink takes its share of the sum and gives no column."""
+    """Unnormalised probabilities, their sum and its log; a sink adds to the sum and gives no column."""
     m = jnp.max(s_BKGTS, axis=-1, keepdims=True)
     m = m if sinks is None else jnp.maximum(m, sinks)
     p = jnp.exp(s_BKGTS - m)
@@ -171,6 +174,6 @@ def _backward(form, saved, do_BKGTH):
 _blockwise.defvjp(_save, _backward)
 
 
-def attention(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead = PerHead(), *, kind: str) -> jax.Array:
+def attention(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead = NO_HEADS, *, kind: str) -> jax.Array:
     """`o_BTNH` by the implementation named `kind`: "reference" or "blockwise"."""
     return {"reference": reference, "blockwise": blockwise}[kind](q_BTNH, k_BKSH, v_BKSH, form, where, heads)

@@ -121,7 +121,7 @@ class Moe(nnx.Module):
         tokens_B = jnp.maximum(jnp.sum(real_BT1, axis=(1, 2)), 1)
         counts_BE = jnp.sum(jax.nn.one_hot(chosen_BTX, E).sum(axis=2) * real_BT1, axis=1)
         probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True) if spec.score == "sigmoid" else scores_BTE
-        # Switch Transformer (arXiv 2101.03961), equation 4, for X choices: E * sum_e share of choices * mean probability.
+        # Switch Transformer (arXiv 2101.03961), equation 4, with X choices: E * sum_e share_e * mean probability_e.
         share_BE = counts_BE / (tokens_B[:, None] * spec.experts_per_token)
         prob_BE = jnp.sum(probs_BTE * real_BT1, axis=1) / tokens_B[:, None]
         if spec.balance == "batch":

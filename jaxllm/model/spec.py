@@ -142,7 +142,7 @@ class MoeSpec:
     capacity_factor: float | None = None
     """Tokens an expert takes from a row, over its fair share; the rest are dropped. Null drops none."""
     balance: Literal["sequence", "batch", "bias", "none"] = "sequence"
-    """Load balancing: a loss per row, a loss over the batch, a router bias without a loss (arXiv 2408.15664), or none."""
+    """Load balancing: a loss per row or over the batch, a router bias without a loss (arXiv 2408.15664), or none."""
     balance_coef: float | None = None
     """Weight of the balancing loss; null means 0.01."""
     bias_rate: float | None = None
@@ -263,7 +263,7 @@ class Kernels:
     attention: Literal["blockwise", "reference"] = "blockwise"
     """Training attention: by chunks with its own backward pass, or with all logits in memory."""
     unroll: int | None = None
-    """Up to this many layers run unrolled instead of scanned; null means 8 on CPU (8 to 20 % faster) and 0 elsewhere."""
+    """Up to this many layers run unrolled, more are scanned; null means 8 on CPU (8 to 20 % faster), 0 elsewhere."""
 
 
 def remat_policy_names(remat: str | tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:

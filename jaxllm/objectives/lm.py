@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.data.batch import TokenBatch
-from jaxllm.model.transformer import Model, Params
+from jaxllm.model.build import Model, Params
 
 #: Most logits held at once, over the batch: 16 MiB of float32 (it fits a CPU's caches better than one big block).
 CHUNK_LOGITS = 1 << 22

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm import tree
-from jaxllm.model.transformer import Model, Params
+from jaxllm.model.build import Model, Params
 
 Objective = Callable[[Model, Params, Any, jax.Array | None], tuple[jax.Array, jax.Array, dict[str, Any]]]
 

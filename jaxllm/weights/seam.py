@@ -21,7 +21,7 @@ def unwrap(weight) -> Weight:
 
 
 def einsum(equation: str, x: jax.Array, weight, *, dtype=None) -> jax.Array:
-    """`jnp.einsum(equation, x, weight)` for any weight type, computed in `x.dtype`, accumulated and given in `dtype`."""
+    """`jnp.einsum(equation, x, weight)` for any weight type, computed in `x.dtype`, given in `dtype`."""
     weight = unwrap(weight)
     if not isinstance(weight, jax.Array):
         return weight.einsum(equation, x, dtype=dtype)

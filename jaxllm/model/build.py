@@ -1,0 +1,154 @@
+"""`build`: the only bridge from the description of a model to functions on plain trees of weights.
+
+Shapes: B batch, T position, D embed, V vocab, E experts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxllm.errors import SettingsError
+from jaxllm.model.cache import Cache
+from jaxllm.model.moe import update_bias
+from jaxllm.model.spec import Kernels, ModelConfig
+from jaxllm.model.transformer import Transformer
+from jaxllm.sharding import Sharding, make_sharding
+from jaxllm.weights.seam import einsum
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as functions on plain nested dicts of weights; made by `build`."""
+
+    config: ModelConfig
+    sharding: Sharding
+    kernels: Kernels
+    abstract: Params
+    """Shapes, dtypes and shardings of the weights."""
+    axes: dict[str, Any]
+    """Logical axes of each weight, same structure."""
+    init: Callable[[jax.Array], Params]
+    """`init(key)`: new weights, made where they will live."""
+    graph: Any
+    """The nnx description with the weights taken out."""
+
+    def apply(
+        self, params: Params, tokens_BT, *, positions_BT=None, segments_BT=None, cache: Cache | None = None, key=None
+    ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+        """Forward pass: `(hidden_BTD, cache, aux)`.
+
+        Args:
+          params: weights; leaves may be arrays or any weight type.
+          tokens_BT: ids in 0..vocab-1.
+          positions_BT: position of each token in its document; default 0, 1, ...; -1 marks padding under a cache.
+          segments_BT: number of the document in the row, 0 for padding; tokens attend within their segment only.
+          cache: from `make_cache`; the new tokens see what it holds and are added to what comes back.
+          key: of dropout; None for evaluation.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        return nnx.merge(self.graph, params)(
+            tokens_BT,
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+            cache=cache,
+            key=key,
+            sharding=self.sharding,
+            kernels=self.kernels,
+        )
+
+    def head(self, params: Params) -> Any:
+        """The weight that `unembed` needs: the head, or the tied embedding table."""
+        return params["embed" if self.config.tied else "head"]
+
+    def unembed(self, head, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits `[B, T, V]` in float32; V is the vocabulary without its padding."""
+        logits_BTV = einsum("BTD,VD->BTV", hidden_BTD, head, dtype=jnp.float32)
+        logits_BTV = self.sharding.constrain(logits_BTV, "batch", "seq", "vocab")
+        if self.config.logit_softcap is not None:
+            logits_BTV = self.config.logit_softcap * jnp.tanh(logits_BTV / self.config.logit_softcap)
+        if self.config.padded_vocab != self.config.vocab:
+            logits_BTV = jnp.where(jnp.arange(self.config.padded_vocab) < self.config.vocab, logits_BTV, -1e30)
+        return logits_BTV
+
+    def logits(self, params: Params, tokens_BT, **kwargs) -> jax.Array:
+        """`apply` and `unembed` in one: logits `[B, T, V]` in float32."""
+        return self.unembed(self.head(params), self.apply(params, tokens_BT, **kwargs)[0])
+
+    def balance(self, params: Params, load: dict[str, jax.Array]) -> Params:
+        """The weights with the router biases moved towards equal load (layers with balance=bias; others untouched)."""
+        for where, load_E in load.items():
+            group, slot = where.split("/")
+            spec = getattr(self.config, "pattern" if group == "layers" else group)[int(slot)].moe
+            if spec.balance == "bias":
+                block = params[group][slot]
+                bias = update_bias(block["moe"]["bias"], load_E, spec.bias_rate or 0.001)
+                block = {**block, "moe": {**block["moe"], "bias": bias}}
+                params = {**params, group: {**params[group], slot: block}}
+        return params
+
+
+def build(config: ModelConfig, sharding: Sharding | None = None, kernels: Kernels | None = None) -> Model:
+    """The model that `config` describes, on the mesh of `sharding` (default: all devices).
+
+    Raises SettingsError when a weight does not divide over the mesh.
+    """
+    sharding = sharding or make_sharding()
+    described = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+    graph, state = nnx.split(described)
+    axes, abstract = {}, {}
+    for path, variable in nnx.to_flat_state(state):
+        keys, value = tuple(map(str, path)), variable.get_value()
+        names = tuple(variable.get_metadata()["axes"])
+        names = ("layers",) * (value.ndim - len(names)) + names
+        where = sharding.weight(names, value.shape, "/".join(keys))
+        _put(axes, keys, names)
+        _put(abstract, keys, jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where))
+
+    def init(key):
+        return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(key))))
+
+    init = jax.jit(init, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))
+    return Model(config, sharding, kernels or Kernels(), abstract, axes, init, graph)
+
+
+def _put(tree: dict, keys: tuple[str, ...], value) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[keys[-1]] = value
+
+
+def active_parameters(config: ModelConfig, abstract: Params) -> tuple[int, int]:
+    """`(total, active)` parameters; active ones are in a matrix product for each token (no gather, no norms)."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    D, active = config.embed, config.padded_vocab * config.embed
+    for spec in config.layer_specs:
+        attn, head = spec.attn, config.head_dim(spec.attn)
+        active += D * head * 2 * (attn.heads + (attn.kv_heads or attn.heads))
+        for part in filter(None, (spec.mlp, spec.moe)):
+            matrices = 3 if part.activation in ("swiglu", "geglu", "geglu_tanh") else 2
+            if part is spec.mlp:
+                active += matrices * D * part.ffw
+            else:
+                active += matrices * D * (part.ffw * part.experts_per_token + part.shared_ffw) + D * part.experts
+    return total, active
+
+
+def check_tokens(config: ModelConfig, tokens, context: int | None = None) -> None:
+    """Raises SettingsError for ids outside the vocabulary or more tokens than learned positions."""
+    tokens = np.asarray(tokens)
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= config.vocab):
+        where = np.argwhere((tokens < 0) | (tokens >= config.vocab))[0]
+        raise SettingsError(
+            f"token id {tokens[tuple(where)]} at {where.tolist()} is outside the vocabulary of {config.vocab}"
+        )
+    length = context or tokens.shape[-1]
+    if config.positions == "learned" and length > config.context:
+        raise SettingsError(f"{length} tokens are more than the {config.context} learned positions (model.context)")
