@@ -35,6 +35,11 @@ def load(cls: type[S], source: str | Path | dict | None = None, overrides: typin
     the file that says so, or a shipped one (`configs/models/demo.yaml`).
     Raises SettingsError that names the key, the nearest known key, and the file.
     """
+    return parse(cls, *merge(cls, source, overrides))
+
+
+def merge(cls, source=None, overrides: typing.Sequence[str] = ()) -> tuple[dict, str]:
+    """The plain dict that `load` checks, and what to call it in errors."""
     where, folder, raw = "settings", Path.cwd(), {}
     if isinstance(source, dict):
         raw = source
@@ -44,7 +49,7 @@ def load(cls: type[S], source: str | Path | dict | None = None, overrides: typin
     raw = _expand(cls, raw, folder)
     for text in overrides:
         raw = _override(cls, raw, text)
-    return parse(cls, raw, where)
+    return raw, where
 
 
 def parse(cls: type[S], raw: dict, where: str = "settings") -> S:

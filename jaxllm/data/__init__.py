@@ -1,0 +1,1 @@
+"""Text to batches: tokenizer, sources, token store, packing, mixture, loader."""

@@ -40,26 +40,35 @@ def make_state(
     """A fresh state, every array made where it will live. `params` defaults to new weights."""
     init_key, key = jax.random.split(key)
     params = model.init(init_key) if params is None else params
+    shapes = abstract_state(model, tx, trainable=trainable, ema=ema)
     chosen, _ = tree.partition(params, tree.select(params, trainable))
-    opt = jax.jit(tx.init, out_shardings=opt_shardings(model, tx, chosen))(chosen)
-    where = model.sharding.replicated()
-    zero = jax.device_put(jnp.zeros((), jnp.int32), where)
+    opt = jax.jit(tx.init, out_shardings=jax.tree.map(lambda s: s.sharding, shapes.opt))(chosen)
+    zero = jax.device_put(jnp.zeros((), jnp.int32), shapes.step.sharding)
     extra = {"skipped": zero, "skipped_in_row": zero.copy()}
     if ema:
         extra["ema"] = jax.tree.map(jnp.copy, chosen)
-    return TrainState(zero.copy(), params, opt, jax.device_put(key, where), extra)
+    return TrainState(zero.copy(), params, opt, jax.device_put(key, shapes.key.sharding), extra)
 
 
-def opt_shardings(model: Model, tx: optax.GradientTransformation, chosen: Params):
-    """Optimizer state is laid out as the weight it belongs to; what belongs to none (counters) is replicated."""
-    shapes = jax.eval_shape(tx.init, chosen)
-    by_path = {path: leaf for path, leaf in tree.flatten(chosen).items()}
+def abstract_state(model: Model, tx: optax.GradientTransformation, *, trainable="**", ema=False) -> TrainState:
+    """Shapes, dtypes and shardings of `make_state`'s result; nothing is allocated.
+
+    Optimizer state is laid out as the weight it belongs to; what belongs to none (counters) is replicated.
+    """
+    everywhere = model.sharding.replicated()
+    chosen, _ = tree.partition(model.abstract, tree.select(model.abstract, trainable))
+    weights = tree.flatten(chosen)
 
     def place(path, leaf):
-        owner = next((w for p, w in by_path.items() if path.endswith("/" + p) and w.shape == leaf.shape), None)
-        return model.sharding.replicated() if owner is None else owner.sharding
+        owner = next((w for p, w in weights.items() if path.endswith("/" + p) and w.shape == leaf.shape), None)
+        where = everywhere if owner is None else owner.sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    return tree.map_with_path(place, shapes)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=everywhere)
+    opt = tree.map_with_path(place, jax.eval_shape(tx.init, chosen))
+    extra = {"skipped": count, "skipped_in_row": count} | ({"ema": chosen} if ema else {})
+    return TrainState(count, model.abstract, opt, key, extra)
 
 
 def make_train_step(

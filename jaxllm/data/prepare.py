@@ -1,0 +1,233 @@
+"""From sources to token stores: in parallel, resumable, and again only for what changed.
+
+Threads are enough: SentencePiece encodes without Python's lock (two threads are 1.9 times as fast as one).
+"""
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from etils import epath
+
+from jaxllm.config import to_dict
+from jaxllm.data.config import DataConfig
+from jaxllm.data.readers import documents, require, splittable
+from jaxllm.data.sources import Source, files, kind, patterns, remote
+from jaxllm.data.store import VERSION, ShardWriter, TokenStore, digest, dtype_for, has_shard, read_meta, write_meta
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.errors import DataError, ResourceError
+
+#: Called with a source's name, its bytes done and its bytes in all.
+Progress = Callable[[str, int, int], None]
+#: A shard holds about this much text, and at least a 64th of its source up to the larger size.
+SMALL, LARGE = 1 << 20, 1 << 26
+
+
+def prepare(
+    config: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None = None, say: Callable[[str], None] = print
+) -> dict[str, TokenStore]:
+    """`{source name: its token store}` for the sources and eval_sources of `config`.
+
+    With `heldout`, each source also gives `<name>-heldout`. `say` gets a line for each source that is tokenised.
+    Finished shards are kept when the work is cut off, and a changed file is noticed by its content.
+    Raises DataError for what is wrong with a file, ResourceError for a full disk, MissingExtra.
+    """
+    stores = {}
+    for source in config.sources + config.eval_sources:
+        store = prepare_source(source, tokenizer, Path(config.cache), config.threads, progress=progress, say=say)
+        stores[source.name] = store
+        if config.heldout:
+            stores[source.name], stores[f"{source.name}-heldout"] = store.split(config.heldout)
+    return stores
+
+
+def prepare_source(
+    source: Source,
+    tokenizer: Tokenizer,
+    cache: Path,
+    threads: int = 2,
+    *,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
+) -> TokenStore:
+    """One source's token store under `cache`, tokenised as far as it is not there yet."""
+    paths = files(source)
+    for path in paths:
+        require(source, path)
+    settings = {k: v for k, v in to_dict(source).items() if k != "weight"} | {"path": patterns(source)}
+    folder = cache.expanduser() / f"{source.name}-{digest([VERSION, settings, tokenizer.hash])[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    old = read_meta(folder)
+    entries = _entries(paths, old, folder)
+    units = _units(source, entries)
+    wanted = {unit.key: unit for unit in units}
+    todo = [unit for key, unit in wanted.items() if not has_shard(folder, key)]
+    if todo:
+        say(_news(source, entries, old, len(todo), len(wanted)))
+        _tokenise(source, todo, tokenizer, folder, threads, progress or (lambda *_: None))
+    meta = {
+        "name": source.name,
+        "source": settings,
+        "tokenizer": tokenizer.hash,
+        "vocab": tokenizer.vocab,
+        "dtype": dtype_for(tokenizer.vocab).str,
+        "files": [entry.row for entry in entries],
+        "shards": [unit.key for unit in units],
+    }
+    if old is None or {**meta, "version": old["version"]} != old:
+        write_meta(folder, meta)
+    store = TokenStore.open(folder, tokenizer)
+    if not store.documents:
+        raise DataError(f"source {source.name}: its {len(paths)} files hold no text")
+    return store
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file as it was when its content was hashed."""
+
+    path: str
+    size: int
+    mtime: int
+    hash: str
+
+    @property
+    def row(self) -> list:
+        return [self.path, self.size, self.mtime, self.hash]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The work of one shard: some files, or a range of bytes of one."""
+
+    key: str
+    spans: tuple[tuple[Entry, int, int | None], ...]
+    bytes: int
+
+
+def _entries(paths: list[str], old: dict | None, folder: Path) -> list[Entry]:
+    """Hashes files; those whose size and time are as before keep the hash they had.
+
+    A file changed within two seconds of the last look is hashed again: its time may not tell (as in git's index).
+    """
+    known = {}
+    if old:
+        looked = (folder / "store.json").stat().st_mtime_ns
+        known = {(p, s, m): h for p, s, m, h in old["files"] if 0 < m < looked - 2_000_000_000}
+    entries = []
+    for path in paths:
+        size, mtime = _stat(path)
+        entries.append(Entry(path, size, mtime, known.get((path, size, mtime)) or _hash(path)))
+    return entries
+
+
+def _stat(path: str) -> tuple[int, int]:
+    if remote(path):
+        stat = epath.Path(path).stat()
+        return stat.length, int(stat.mtime) * 10**9
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _hash(path: str) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with epath.Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return digest.hexdigest()
+
+
+def _units(source: Source, entries: list[Entry]) -> list[Unit]:
+    """Groups small files and cuts big ones, in the order of the files; does not depend on the number of threads."""
+    total = sum(entry.size for entry in entries)
+    target = min(LARGE, max(SMALL, 1 << (total // 64).bit_length()))
+    units, group, held = [], [], 0
+
+    def close():
+        nonlocal group, held
+        if group:
+            parts = [[e.hash, kind(source, e.path), os.path.splitext(e.path)[1], a, b] for e, a, b in group]
+            key = digest([source.field, source.document, parts])
+            units.append(Unit(key, tuple(group), held))
+        group, held = [], 0
+
+    for entry in entries:
+        if entry.size >= target:
+            close()
+        for start, stop, size in _ranges(source, entry, target):
+            group.append((entry, start, stop))
+            held += size
+            if held >= target:
+                close()
+    close()
+    return units
+
+
+def _ranges(source: Source, entry: Entry, target: int) -> Iterator[tuple[int, int | None, int]]:
+    if not splittable(source, entry.path) or entry.size < 2 * target:
+        yield 0, None, entry.size
+        return
+    for start in range(0, entry.size, target):
+        yield start, min(start + target, entry.size), min(target, entry.size - start)
+
+
+def _news(source: Source, entries: list[Entry], old: dict | None, todo: int, shards: int) -> str:
+    total = sum(entry.size for entry in entries) / 1e6
+    line = f"source {source.name}: {total:,.1f} MB in {len(entries):,} files; tokenising {todo} of {shards} shards"
+    if old is None:
+        return line
+    before = {path: hash for path, _, _, hash in old["files"]}
+    changed = [entry.path for entry in entries if before.pop(entry.path, None) != entry.hash] + list(before)
+    if not changed:
+        return line + " (missing from the cache)"
+    return line + f" again: {len(changed)} files changed since (such as {os.path.basename(changed[0])})"
+
+
+def _tokenise(
+    source: Source, units: list[Unit], tokenizer: Tokenizer, folder: Path, threads: int, progress: Progress
+) -> None:
+    stop, done, total = threading.Event(), 0, sum(unit.bytes for unit in units)
+    with ThreadPoolExecutor(threads, thread_name_prefix="tokenise") as pool:
+        futures = {pool.submit(_shard, source, unit, tokenizer, folder, stop): unit for unit in units}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                done += futures[future].bytes
+                progress(source.name, done, total)
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _shard(source: Source, unit: Unit, tokenizer: Tokenizer, folder: Path, stop: threading.Event) -> None:
+    writer = ShardWriter(folder, unit.key, dtype_for(tokenizer.vocab))
+    try:
+        for entry, first, last in unit.spans:
+            for text in documents(source, entry.path, first, last):
+                if stop.is_set():
+                    return
+                writer.add(tokenizer.encode(text, bos=True, eos=True), len(text.encode("utf-8")))
+            if _stat(entry.path) != (entry.size, entry.mtime):
+                raise DataError(f"{entry.path}: changed while it was tokenised; run again when it is at rest")
+        writer.commit()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ResourceError(f"{folder}: the disk is full; free some space, or set data.cache to another disk") from None
+    finally:
+        writer.abort()
+
+
+def train_tokenizer(sources: tuple[Source, ...], vocab: int = 4096, out: str | Path | None = None) -> Tokenizer:
+    """A tokenizer trained on the text of the sources, saved into the folder `out` where given."""
+    texts = (text for source in sources for path in files(source) for text in documents(source, path))
+    return Tokenizer.train(texts, vocab, out)

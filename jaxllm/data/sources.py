@@ -1,0 +1,150 @@
+"""Where text comes from: settings of a source, and the files that it means."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from etils import epath
+
+from jaxllm.config import settings
+from jaxllm.data import stdlib
+from jaxllm.errors import DataError, nearest
+
+Format = Literal["auto", "text", "jsonl", "parquet", "dataset"]
+
+
+@settings
+class Source:
+    """One kind of text, by glob; `weight` is its share of the training rows."""
+
+    name: str
+    """how mixtures, stores and reports call it"""
+    path: str | tuple[str, ...]
+    """files, globs or dataset folders, local or gs://; python-stdlib, python-stdlib:train, python-stdlib:heldout"""
+    weight: float = 1.0
+    """share of the training rows (so of the tokens), relative to the other sources"""
+    format: Format = "auto"
+    """text, jsonl, parquet or dataset (a local Hugging Face folder); auto goes by the file's name"""
+    field: str = "text"
+    """the key or column that holds the text, in all formats but text"""
+    document: Literal["file", "line", "blank_line"] = "file"
+    """what one document is in a text file: all of it, a line, or what lies between blank lines"""
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(f"name={self.name!r}: use letters, digits, dots, dashes and underscores")
+        if not self.weight >= 0:
+            raise ValueError(f"weight={self.weight}: must not be negative")
+        if self.format not in ("auto", "text") and self.document != "file":
+            raise ValueError(f"document={self.document} would be ignored: in the format {self.format} it is a record")
+        if self.format == "text" and self.field != "text":
+            raise ValueError(f"field={self.field} would be ignored in the format text")
+
+
+def files(source: Source) -> list[str]:
+    """The files of a source, sorted, each once. Empty files among many are left out.
+
+    Raises DataError for a pattern that matches nothing, or nothing but empty files.
+    """
+    found = []
+    for pattern in patterns(source):
+        matched = sorted(_expand(pattern, source))
+        full = [path for path in matched if size(path) > 0]
+        if not full:
+            every = f" (and so are all {len(matched)} files of {pattern})" if matched[1:] else ""
+            raise DataError(f"source {source.name}: {matched[0]} is empty{every}")
+        found += full
+    return list(dict.fromkeys(found))
+
+
+def patterns(source: Source) -> list[str]:
+    """The paths of a source, made absolute."""
+    paths = (source.path,) if isinstance(source.path, str) else source.path
+    return [p if remote(p) or stdlib.matches(p) else os.path.abspath(os.path.expanduser(p)) for p in paths]
+
+
+def kind(source: Source, path: str) -> str:
+    """`text`, `jsonl`, `parquet` or `arrow`: how one file is read."""
+    bare = re.sub(r"\.(gz|zst)$", "", path)
+    by_name = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
+    found = by_name.get(os.path.splitext(bare)[1], "text")
+    return found if source.format in ("auto", "dataset") else source.format
+
+
+def remote(path: str) -> bool:
+    """Whether a path goes through the remote file-system layer (`gs://bucket/...`)."""
+    return "://" in path
+
+
+def size(path: str) -> int:
+    """Bytes of one file."""
+    return epath.Path(path).stat().length if remote(path) else os.path.getsize(path)
+
+
+def _expand(pattern: str, source: Source) -> Iterator[str]:
+    if stdlib.matches(pattern):
+        return iter(stdlib.files(pattern))
+    if remote(pattern):
+        return _expand_remote(pattern)
+    if os.path.isdir(pattern):
+        return iter(_dataset(pattern, source))
+    found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    if not found:
+        raise DataError(f"source {source.name}: no file matches {pattern}{_near(pattern)}")
+    return iter(found)
+
+
+def _expand_remote(pattern: str) -> Iterator[str]:
+    scheme, _, rest = pattern.partition("://")
+    root, _, inside = rest.partition("/")
+    if "**" in pattern:
+        raise DataError(f"{pattern}: ** is not supported on {scheme}://, where it could list a whole bucket; use *")
+    try:
+        if not glob.has_magic(inside) and epath.Path(pattern).is_dir():
+            raise DataError(f"{pattern} is a folder; name its files by a glob, such as {pattern.rstrip('/')}/*.parquet")
+        found = [os.fspath(path) for path in epath.Path(f"{scheme}://{root}").glob(inside)]
+    except ImportError as error:
+        raise DataError(f"{pattern}: reading {scheme}:// needs one more package: {error}") from None
+    if not found:
+        raise DataError(f"no file matches {pattern}")
+    return iter(found)
+
+
+def _near(pattern: str) -> str:
+    """The nearest name in the deepest folder of the pattern that exists."""
+    folder, name = os.path.split(pattern)
+    while not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+    names = os.listdir(folder) if not glob.has_magic(name) else []
+    return nearest(name, names) or f"; {folder} holds {len(os.listdir(folder))} entries"
+
+
+def _dataset(folder: str, source: Source) -> list[str]:
+    """Data files of a Hugging Face dataset folder: from `save_to_disk`, or parquet and JSON lines inside."""
+    if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
+        splits = sorted(e.name for e in os.scandir(folder) if e.is_dir())
+        raise DataError(
+            f"source {source.name}: {folder} holds the splits {', '.join(splits)}; name one of these folders"
+        )
+    for ends in (".arrow", ".parquet", (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")):
+        found = [path for path in glob.glob(f"{glob.escape(folder)}/**/*", recursive=True) if path.endswith(ends)]
+        found = [path for path in found if os.path.basename(path) not in ("dataset_info.json", "state.json")]
+        # `map` and `filter` leave cache-*.arrow files of their own beside the data.
+        found = [path for path in found if not os.path.basename(path).startswith("cache-")]
+        splits = sorted({m[0] for path in found if (m := re.match(SPLIT, os.path.relpath(path, folder)))})
+        if len(splits) > 1:
+            raise DataError(
+                f"source {source.name}: {folder} mixes splits ({', '.join(s.strip('/') for s in splits)}); "
+                f"choose one by a glob, such as {folder}/**/train*"
+            )
+        if found:
+            return found
+    raise DataError(
+        f"source {source.name}: no .arrow, .parquet or .jsonl file in the folder {folder}; name files by a glob"
+    )
+
+
+#: A split's name at the start of a path inside a dataset folder, after an optional `data/`.
+SPLIT = r"(?:data/)?(train|test|valid|validation|dev)(?=[-_./])"

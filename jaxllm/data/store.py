@@ -1,0 +1,212 @@
+"""The token store: every document of a source as `<bos> ... <eos>`, tokenised once, memory-mapped."""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from jaxllm.errors import DataError
+
+#: Part of each store's folder name: a change of format or of how text is cut makes new shards, and reads no old ones.
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """Documents of token ids on disk. Opened by `open` or made by `prepare`; cheap to copy and to split."""
+
+    name: str
+    tokenizer_hash: str
+    vocab: int
+    fingerprint: str
+    """hash of the tokenizer and of all text, in its order"""
+    shards: tuple[np.ndarray, ...]
+    """memory maps of uint16, or uint32 where the vocabulary is over 65,536"""
+    shard_of: np.ndarray
+    start_of: np.ndarray
+    lengths: np.ndarray
+    """tokens of each document, both ends included"""
+    bytes: np.ndarray
+    """UTF-8 bytes of each document's text"""
+
+    @classmethod
+    def open(cls, folder: str | Path, tokenizer=None) -> "TokenStore":
+        """Raises DataError for a folder that is no store, a damaged one, or one made by another tokenizer."""
+        folder = Path(folder)
+        meta = read_meta(folder)
+        if meta is None:
+            raise DataError(f"{folder}: not a token store; make one with jaxllm data prepare")
+        if tokenizer is not None and tokenizer.hash != meta["tokenizer"]:
+            raise DataError(
+                f"{folder}: made by the tokenizer {meta['tokenizer'][:12]}, not by {tokenizer.hash[:12]}; "
+                "use that tokenizer, or run jaxllm data prepare with this one"
+            )
+        dtype = np.dtype(meta["dtype"])
+        opened = [_open_shard(folder, key, dtype) for key in meta["shards"]]
+        lengths = [docs[:, 0] for _, docs in opened]
+        return cls(
+            name=meta["name"],
+            tokenizer_hash=meta["tokenizer"],
+            vocab=meta["vocab"],
+            fingerprint=digest([meta["tokenizer"], meta["shards"]]),
+            shards=tuple(tokens for tokens, _ in opened),
+            shard_of=np.repeat(np.arange(len(opened), dtype=np.int32), [len(x) for x in lengths]),
+            start_of=np.concatenate([np.cumsum(x) - x for x in lengths]),
+            lengths=np.concatenate(lengths),
+            bytes=np.concatenate([docs[:, 1] for _, docs in opened]),
+        )
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.lengths)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of tokens, begin and end pieces included."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text: what bits per byte divides by."""
+        return int(self.bytes.sum())
+
+    def doc(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens `[start, stop)` of document i, a view. Raises DataError for an id outside the vocabulary."""
+        length = int(self.lengths[i])
+        first, stop = int(self.start_of[i]), length if stop is None else min(stop, length)
+        tokens = self.shards[self.shard_of[i]][first + start : first + stop]
+        if tokens.size and tokens.max() >= self.vocab:
+            k = int(np.argmax(tokens >= self.vocab))
+            raise DataError(
+                f"token store {self.name}: document {i}, position {start + k}: token id {tokens[k]} is outside the "
+                f"vocabulary of {self.vocab:,} pieces; the store is damaged: remove it and run jaxllm data prepare"
+            )
+        return tokens
+
+    def select(self, documents: np.ndarray) -> "TokenStore":
+        """A store of some of the documents, in the given order."""
+        return replace(
+            self,
+            fingerprint=digest(
+                [self.fingerprint, hashlib.sha256(np.asarray(documents, np.int64).tobytes()).hexdigest()]
+            ),
+            shard_of=self.shard_of[documents],
+            start_of=self.start_of[documents],
+            lengths=self.lengths[documents],
+            bytes=self.bytes[documents],
+        )
+
+    def split(self, heldout: float) -> tuple["TokenStore", "TokenStore"]:
+        """`(rest, held out)`: a fraction of the documents, drawn by a hash of their length and ends, so that exact
+        duplicates fall on the same side. Raises DataError where either would be empty.
+        """
+        limit = int(heldout * 2**32)
+        out = np.array([self._hash32(i) < limit for i in range(self.documents)], bool)
+        if out.all() or not out.any():
+            raise DataError(
+                f"source {self.name}: heldout={heldout} of {self.documents} documents leaves "
+                f"{'none to train on' if out.all() else 'none held out'}; name eval_sources instead"
+            )
+        return self.select(np.flatnonzero(~out)), self.select(np.flatnonzero(out))
+
+    def _hash32(self, i: int) -> int:
+        length = int(self.lengths[i])
+        parts = (length.to_bytes(8, "big"), self.doc(i, 0, 64).tobytes(), self.doc(i, max(0, length - 64)).tobytes())
+        return int.from_bytes(hashlib.blake2b(b"".join(parts), digest_size=4).digest(), "big")
+
+
+class ShardWriter:
+    """Writes one shard: tokens, then the documents' lengths and bytes, whose presence says that it is complete."""
+
+    def __init__(self, folder: Path, key: str, dtype: np.dtype):
+        self._folder, self._key, self._dtype, self._docs = folder, key, dtype, []
+        # A name of its own for each writer: two processes that prepare the same text write the same bytes twice.
+        self._temp = folder / f"{key}.{uuid.uuid4().hex[:12]}.tmp"
+        self._file = self._temp.open("wb")
+
+    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
+        """One document."""
+        self._file.write(tokens.astype(self._dtype).tobytes())
+        self._docs.append((len(tokens), text_bytes))
+
+    def commit(self) -> None:
+        """Makes the shard durable and visible."""
+        _sync(self._file)
+        self._temp.replace(self._folder / f"{self._key}.tokens")
+        with self._temp.open("wb") as file:
+            np.save(file, np.array(self._docs, np.int64).reshape(-1, 2))
+            _sync(file)
+        self._temp.replace(self._folder / f"{self._key}.docs.npy")
+
+    def abort(self) -> None:
+        """Removes what is unfinished."""
+        self._file.close()
+        self._temp.unlink(missing_ok=True)
+
+
+def has_shard(folder: Path, key: str) -> bool:
+    """Whether a complete shard is there."""
+    return (folder / f"{key}.docs.npy").is_file() and (folder / f"{key}.tokens").is_file()
+
+
+def read_meta(folder: Path) -> dict | None:
+    """`store.json`, or None where there is none or it is of another version."""
+    try:
+        meta = json.loads((folder / "store.json").read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise DataError(f"{folder / 'store.json'}: damaged; remove the folder and run jaxllm data prepare") from None
+    return meta if meta.get("version") == VERSION else None
+
+
+def write_meta(folder: Path, meta: dict) -> None:
+    """Replaces `store.json` at once; then removes shards that it no longer names, and what killed runs left."""
+    temp = folder / f"store.{uuid.uuid4().hex[:12]}.tmp"
+    with temp.open("w", encoding="utf-8") as file:
+        json.dump({"version": VERSION, **meta}, file, indent=1)
+        _sync(file)
+    temp.replace(folder / "store.json")
+    for path in [*folder.glob("*.tokens"), *folder.glob("*.docs.npy")]:
+        if path.name.split(".")[0] not in meta["shards"]:
+            path.unlink(missing_ok=True)
+    for path in folder.glob("*.tmp"):
+        # Another process may be writing this text too; one that has been silent for an hour is gone.
+        if path.stat().st_mtime < time.time() - 3600:
+            path.unlink(missing_ok=True)
+
+
+def digest(value) -> str:
+    """A short hash of JSON-like values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()[:32]
+
+
+def dtype_for(vocab: int) -> np.dtype:
+    """The smallest type that holds every id."""
+    return np.dtype("<u2") if vocab <= 1 << 16 else np.dtype("<u4")
+
+
+def _open_shard(folder: Path, key: str, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    path = folder / f"{key}.tokens"
+    try:
+        docs = np.load(folder / f"{key}.docs.npy", allow_pickle=False)
+        found, wanted = path.stat().st_size, int(docs[:, 0].sum()) * dtype.itemsize
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"{path}: damaged shard ({error}); remove the folder and run jaxllm data prepare") from None
+    if found != wanted:
+        raise DataError(f"{path}: {found:,} bytes, expected {wanted:,}; remove the folder and run jaxllm data prepare")
+    tokens = np.memmap(path, dtype, mode="r") if wanted else np.zeros(0, dtype)
+    return tokens, docs
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

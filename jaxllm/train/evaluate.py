@@ -1,0 +1,63 @@
+"""Held-out loss, perplexity and bits per byte."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+
+from jaxllm.data.loader import Loader
+from jaxllm.data.pack import Rows
+from jaxllm.data.store import TokenStore
+from jaxllm.model.build import Model, Params
+from jaxllm.objectives.lm import lm
+from jaxllm.train.step import make_eval_step
+
+
+class Evaluator:
+    """Evaluates weights on token stores, every token but a document's first predicted once, in packed rows.
+
+    A row of `seq_len` tokens is what a prediction can see at most, so a longer row gives a lower loss.
+    """
+
+    def __init__(self, model: Model, stores: Mapping[str, TokenStore], *, seq_len: int, batch: int, objective=lm):
+        self.model, self.batch, self.step = model, batch, make_eval_step(model, objective)
+        self.stores = {name: (store, Rows(store, seq_len, shuffle=False)) for name, store in stores.items()}
+
+    def __call__(
+        self, params: Params, *, rows: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
+        """`heldout_loss` (nats a token), `perplexity`, `bits_per_byte`, and each store's when there are several.
+
+        Bits per byte: all nats / ln 2 / UTF-8 bytes of the text; it compares models with different tokenizers.
+        rows: at most this many rows of each store; bytes are then taken in proportion to the tokens.
+        """
+        found = {name: self._sums(params, *pair, rows, progress) for name, pair in self.stores.items()}
+        total = [sum(column) for column in zip(*found.values(), strict=True)]
+        out = _report(*total)
+        if len(found) > 1:
+            for name, sums in found.items():
+                out |= {f"{key}/{name}": value for key, value in _report(*sums).items()}
+        return out
+
+    def _sums(self, params, store: TokenStore, rows: Rows, limit: int | None, progress):
+        """`(nats, tokens predicted, bytes of their text)`."""
+        stop = min(rows.per_epoch, limit or rows.per_epoch)
+        processes = dict(process=jax.process_index(), processes=jax.process_count())
+        loader = Loader(rows, self.batch, stop=stop, prefetch=1, **processes)
+        nats = count = 0.0
+        for batch in loader:
+            sums = jax.device_get(self.step(params, self.model.sharding.batch(batch)))
+            nats, count = nats + float(sums["ce"]), count + float(sums["targets"])
+            if progress is not None:
+                progress(min(loader.position, stop), stop)
+        loader.close()
+        return nats, count, store.text_bytes * count / int(rows.pairs.sum())
+
+
+def _report(nats: float, count: float, text_bytes: float) -> dict[str, float]:
+    loss = nats / count
+    return {
+        "heldout_loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits_per_byte": nats / math.log(2) / text_bytes,
+    }

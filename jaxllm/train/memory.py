@@ -1,0 +1,62 @@
+"""Will it fit? Bytes a device needs for the state, before anything is made, and for the compiled step."""
+
+import jax
+import psutil
+
+from jaxllm.errors import ResourceError
+
+
+def device_bytes(abstract) -> int:
+    """Bytes of the fullest device for a tree of shapes with shardings (none means replicated)."""
+
+    def one(leaf):
+        shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
+        size = leaf.dtype.itemsize
+        for dim in shape:
+            size *= dim
+        return size
+
+    return sum(map(one, jax.tree.leaves(abstract)))
+
+
+def available() -> int | None:
+    """Bytes a device can still take, or None where it does not say; CPU devices share the host's memory."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return psutil.virtual_memory().available // jax.local_device_count()
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+
+
+def check_state(state) -> None:
+    """Raises ResourceError when a training state (shapes) and the gradients cannot fit."""
+    weights = device_bytes(state.params)
+    parts = {"weights": weights, "gradients": weights, "optimizer": device_bytes(state.opt)}
+    if "ema" in state.extra:
+        parts["averaged weights"] = device_bytes(state.extra["ema"])
+    _check(parts, "lower model.embed or model.layers, raise parallel.fsdp, or use optim.name=adafactor")
+
+
+def check_step(compiled) -> None:
+    """Raises ResourceError when the compiled step's temporaries cannot fit beside the state, which exists already."""
+    analysis = compiled.memory_analysis()
+    if analysis is not None:
+        fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        parts = {"activations and other temporaries": analysis.temp_size_in_bytes, "outputs": max(0, fresh)}
+        _check(parts, "raise train.accumulate, set model.remat=full, or lower train.batch or train.seq_len")
+
+
+def _check(parts: dict[str, int], advice: str) -> None:
+    need, have = sum(parts.values()), available()
+    if have is not None and need > have:
+        listed = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+        raise ResourceError(f"too little memory: a device needs {size(need)} ({listed}) and has {size(have)}; {advice}")
+
+
+def size(count: float) -> str:
+    """`1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,91 @@
+"""What becomes of metrics: files, the progress bar, the speed, and whether the run should stop."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxllm import config as settings_of
+from jaxllm.errors import UserError
+from jaxllm.train.config import RunConfig
+from jaxllm.train.metrics import Lagged, Meter
+from jaxllm.train.progress import Show
+from jaxllm.train.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
+
+
+class TrainingStopped(UserError):
+    """The run cannot go on: too many non-finite gradients in a row."""
+
+
+class Recorder:
+    """Takes each step's metrics and each evaluation; reads a step's metrics only after the next is dispatched."""
+
+    def __init__(self, config: RunConfig, schedule, show: Show, peak: float | None):
+        """`peak`: FLOP/s of all devices together, None if unknown."""
+        self.config, self.show, self.steps = config, show, config.train.total_steps
+        # On the host, all at once: asking the device for one rate would wait for the step it is computing.
+        self.rates = np.asarray(jax.vmap(schedule)(np.arange(self.steps)))
+        self.lagged, self.meter = Lagged(), Meter(self.steps, peak)
+        self.best: float | None = None
+        self.since_best = 0
+        self.writers: list[Writer] = []
+
+    def open(self, folder: Path, resumed_at: int | None) -> None:
+        """Opens the metrics files, in the first process; lines after the resumed step are computed again."""
+        if jax.process_index() != 0:
+            return
+        self.writers = [JsonlWriter(folder / "metrics.jsonl", resumed_at)]
+        if self.config.log.tensorboard:
+            self.writers.append(TensorBoardWriter(folder / "tensorboard"))
+        if self.config.log.wandb:
+            self.writers.append(WandbWriter(folder, self.config.log.wandb, settings_of.to_dict(self.config)))
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+    def push(self, step: int, metrics: dict[str, jax.Array], **host: float) -> None:
+        """Takes the metrics of the step just dispatched; `host`: tokens, flops (of the step), tokens_in_all."""
+        self._record(self.lagged.push(step, metrics | {f"host/{name}": value for name, value in host.items()}))
+
+    def flush(self) -> None:
+        """Waits for the last step and records it."""
+        self._record(self.lagged.flush())
+
+    def evaluated(self, step: int, tokens: int, found: dict[str, float]) -> bool:
+        """Takes a held-out evaluation; True when the run should stop early."""
+        self.meter.skip()
+        self._write(step, {"tokens": tokens, **found})
+        self.show.say(
+            f"step {step}: held-out loss {found['heldout_loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte"
+        )
+        if self.best is None or found["heldout_loss"] < self.best:
+            self.best, self.since_best = found["heldout_loss"], 0
+            return False
+        self.since_best += 1
+        if self.config.train.patience is None or self.since_best < self.config.train.patience:
+            return False
+        self.show.say(f"no lower held-out loss in {self.since_best} evaluations: stopping early")
+        return True
+
+    def _record(self, lagged: tuple[int, dict[str, float]] | None) -> None:
+        if lagged is None:
+            return
+        step, metrics = lagged
+        speed = self.meter.update(step - 1, int(metrics.pop("host/tokens")), metrics.pop("host/flops"))
+        # A skipped step does not advance the schedule.
+        rate = float(self.rates[max(0, step - 1 - int(metrics["skipped"]))])
+        row = {"tokens": int(metrics.pop("host/tokens_in_all")), "lr": rate, **metrics, **speed}
+        if step % self.config.log.every == 0:
+            self._write(step, row)
+        self.show.update(step, row)
+        if metrics["skipped_in_row"] >= self.config.train.max_skipped:
+            raise TrainingStopped(
+                f"step {step}: the gradient was not finite in {metrics['skipped_in_row']:.0f} steps in a row "
+                f"(train.max_skipped); the weights are those of step {step - metrics['skipped_in_row']:.0f}. "
+                "Lower optim.lr, or look at the data with `jaxllm data inspect`"
+            )
+
+    def _write(self, step: int, row: dict[str, float]) -> None:
+        for writer in self.writers:
+            writer.write(step, row)
