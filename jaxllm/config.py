@@ -231,23 +231,28 @@ def _set(cls, raw, parts: list[str], value, whole: str):
     if cls is not None:
         fields = _fields(cls)
         if head not in fields:
-            raise SettingsError(f"unknown setting {whole}{_nearest_path(cls, whole, head)}")
+            raise SettingsError(f"unknown setting {whole}{_nearest_path(cls, whole, parts)}")
         annotation = fields[head]
     out = dict(raw or {})
     if not rest:
         out[head] = _expand(cls, {head: value}, Path.cwd())[head] if cls is not None else value
         return out
-    section = _section(annotation) if annotation is not None else None
-    if section is None and not isinstance(out.get(head), (dict, list)):
+    free = _has_free_keys(annotation)
+    section = None if free else _section(annotation)
+    if section is None and not free and not isinstance(out.get(head), (dict, list)):
         raise SettingsError(f"unknown setting {whole}: {head} has no keys of its own")
     out[head] = _set(section, out.get(head), rest, value, whole)
     return out
 
 
-def _nearest_path(cls, whole: str, key: str) -> str:
-    prefix = whole[: len(whole) - len(whole.split(key, 1)[1]) - len(key)] if key in whole else ""
-    hint = nearest(key, _fields(cls))
-    return hint.replace("did you mean ", f"did you mean {prefix}") if prefix else hint
+def _has_free_keys(annotation) -> bool:
+    """Whether the value is a dict with keys of the user's choice (`dict[str, X]`, `dict[str, X] | None`)."""
+    return typing.get_origin(annotation) is dict or any(map(_has_free_keys, typing.get_args(annotation)))
+
+
+def _nearest_path(cls, whole: str, parts: list[str]) -> str:
+    prefix = whole.removesuffix(".".join(parts))
+    return nearest(parts[0], _fields(cls)).replace("did you mean ", f"did you mean {prefix}")
 
 
 def _explain(cls, item: dict) -> str:

@@ -6,6 +6,7 @@ same code runs on one device and on thousands: a mesh axis of size 1 splits noth
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ OPT_INS = {
 class ParallelConfig:
     """How many devices split each mesh axis; one of them may be -1 and takes what is left."""
 
+    processes: int | None = 1
+    """Processes (hosts) of the run, joined by jax.distributed; null takes what the cluster says (TPU pod, SLURM)."""
     data: int = 1
     """Replicas of the model, each with its own rows (across slices too)."""
     fsdp: int = -1
@@ -118,6 +121,22 @@ class Sharding:
 
 def _tuple(mesh_axes) -> tuple[str, ...]:
     return () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+
+
+def join_processes(config: ParallelConfig) -> None:
+    """Joins the other processes of a run, before anything else touches jax; does nothing for a single process.
+
+    On TPU pods, SLURM, MPI and Kubernetes jax finds the others by itself; elsewhere JAX_COORDINATOR_ADDRESS
+    (host:port of process 0) and JAX_PROCESS_ID say where they are. Raises SettingsError when the count differs.
+    """
+    if config.processes == 1 or jax.distributed.is_initialized():
+        return
+    if "JAX_PROCESS_ID" in os.environ and config.processes is not None:
+        jax.distributed.initialize(num_processes=config.processes, process_id=int(os.environ["JAX_PROCESS_ID"]))
+    else:
+        jax.distributed.initialize()
+    if config.processes not in (None, jax.process_count()):
+        raise SettingsError(f"parallel.processes={config.processes}, but {jax.process_count()} processes joined")
 
 
 def make_sharding(config: ParallelConfig | None = None, devices=None) -> Sharding:

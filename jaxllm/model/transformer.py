@@ -156,7 +156,7 @@ class Transformer(nnx.Module):
 
 def _stack(spec: LayerSpec, config: ModelConfig, rngs: nnx.Rngs) -> Block:
     """The layers of one pattern slot as a Block whose weights have a leading axis over periods."""
-    return nnx.vmap(lambda r: Block(spec, config, r))(rngs.fork(split=config.periods))
+    return nnx.vmap(lambda r: Block(spec, config, r))(rngs.split(config.periods))
 
 
 def _unroll_up_to(kernels: Kernels) -> int:

@@ -23,7 +23,7 @@ from jaxllm.model.spec import with_rope
 from jaxllm.objectives.lm import lm
 from jaxllm.optim.optimizers import make_optimizer
 from jaxllm.optim.schedules import make_schedule
-from jaxllm.sharding import Sharding, make_sharding
+from jaxllm.sharding import Sharding, join_processes, make_sharding
 from jaxllm.train import memory, report
 from jaxllm.train.config import RunConfig, Stage
 from jaxllm.train.evaluate import Evaluator
@@ -69,6 +69,7 @@ class Trainer:
     def __init__(self, config: RunConfig, show: Show):
         self.config, self.show = config, show
         self.folder = RunFolder(config)
+        join_processes(config.parallel)
         self.sharding = make_sharding(config.parallel)
         self.stages = config.train.resolved_stages
         for stage in self.stages:
@@ -155,6 +156,7 @@ class Trainer:
             if last or self.status != "finished" or step % self.config.checkpoint.every == 0:
                 self.recorder.flush()
                 self.checkpoints.save(step, state, self.meta(step), loss=loss)
+                self.recorder.meter.skip()
             if self.status != "finished":
                 break
         loader.close()
@@ -234,7 +236,7 @@ class Trainer:
         mesh = " x ".join(f"{axis} {n}" for axis, n in self.sharding.mesh.shape.items() if n > 1) or "1 device"
         split = f" in {self.config.train.accumulate} microbatches" if self.config.train.accumulate > 1 else ""
         return (
-            f"{self.total:,} parameters ({self.active:,} in matrix products) on {jax.devices()[0].device_kind}, {mesh}\n"
+            f"{self.total:,} parameters ({self.active:,} in matrix products), {jax.devices()[0].device_kind}, {mesh}\n"
             f"{stage.name}: {stage.steps} steps of {stage.batch} rows x {stage.seq_len} = "
             f"{stage.batch * stage.seq_len:,} tokens{split}"
         )

@@ -1,0 +1,198 @@
+"""`jaxllm bench train`: speed and memory of real training steps on three fixed workloads.
+
+Tokens are random and rows are full, so a step costs the same every time. Each workload runs in a process of its own,
+which makes peak memory and time to the first step its own too. All in float32, AdamW with clipping, untied head:
+
+| | embed | layers | heads / kv | ffw | vocabulary | tokens x rows | parameters (active) | GFLOP a step |
+|---|---|---|---|---|---|---|---|---|
+| W1 | 256 | 6 | 8 / 4 | 688 | 4096 | 256 x 16 | 6.45 M | 142 |
+| W2 | 256 | 6 | 8 / 4 | 8 experts of 344, top 2 | 4096 | 256 x 16 | 16 M (5.4 M) | 143 |
+| W3 | 768 | 12 | 12 / 4 | 2048 | 32000 | 512 x 4 | 125 M | 1288 |
+"""
+
+import dataclasses
+import json as json_format
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jaxllm import launch
+from jaxllm.errors import ResourceError, SettingsError, nearest
+from jaxllm.model.spec import AttnSpec, LayerSpec, MlpSpec, ModelConfig, MoeSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model and the shape of its batch."""
+
+    model: ModelConfig
+    rows: int
+    length: int
+
+
+def _workload(embed, layers, heads, kv_heads, vocab, rows, length, **ffw) -> Workload:
+    layer = LayerSpec(attn=AttnSpec(heads=heads, kv_heads=kv_heads), **ffw)
+    model = ModelConfig(vocab=vocab, embed=embed, layers=layers, pattern=(layer,), context=length)
+    return Workload(model, rows, length)
+
+
+WORKLOADS = {
+    "W1": _workload(256, 6, 8, 4, 4096, 16, 256, mlp=MlpSpec(ffw=688)),
+    "W2": _workload(256, 6, 8, 4, 4096, 16, 256, moe=MoeSpec(experts=8, experts_per_token=2, ffw=344)),
+    "W3": _workload(768, 12, 12, 4, 32_000, 4, 512, mlp=MlpSpec(ffw=2048)),
+}
+
+#: Column of the table: key of a row, heading, format.
+COLUMNS = (
+    ("workload", "", "s"),
+    ("tokens_per_second", "tokens/s", ",.0f"),
+    ("step_ms", "step ms", ",.0f"),
+    ("step_ms_min", "min", ",.0f"),
+    ("step_ms_max", "max", ",.0f"),
+    ("gflops_per_second", "GFLOP/s", ".0f"),
+    ("matmul_share", "of matmul peak", ".0%"),
+    ("peak_mb", "peak MB", ",.0f"),
+    ("temporaries_mb", "XLA temp MB", ",.0f"),
+    ("compile_seconds", "compile s", ".1f"),
+    ("first_step_seconds", "first step s", ".1f"),
+)
+
+
+def bench_train(workloads: Sequence[str] = tuple(WORKLOADS), *, steps: int = 8, json: bool = False) -> list[dict]:
+    """Measures the workloads one after another, prints a table (or a line of JSON for each) and returns the rows.
+
+    A row holds tokens_per_second and gflops_per_second at the median step, step_ms (median) with min and max,
+    matmul_share (of matmul_gflops, what NumPy's float32 matrix product reaches on all cores just before; null on an
+    accelerator), peak_mb (of the process), temporaries_mb (XLA's plan for one step), compile_seconds (tracing
+    included) and first_step_seconds (from the start of the process to the end of the first step).
+    FLOPs are those of `train.metrics.flops_per_token`.
+
+    Raises SettingsError for an unknown workload, ResourceError when a measuring process dies.
+    """
+    for name in workloads:
+        if name not in WORKLOADS:
+            raise SettingsError(f"no such workload: {name}{nearest(name, WORKLOADS)}")
+    if steps < 1:
+        raise SettingsError(f"steps={steps} must be at least 1")
+    rows = []
+    for name in workloads:
+        rows.append(_in_own_process(name, steps))
+        if json:
+            print(json_format.dumps(rows[-1]), flush=True)
+    if not json:
+        print_table(rows)
+    return rows
+
+
+def _in_own_process(name: str, steps: int) -> dict[str, Any]:
+    peak = matmul_gflops()
+    # A cached program would make compile_seconds a reading time.
+    environ = launch.environment(os.environ) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, "-m", "jaxllm.bench", name, str(steps)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environ)
+    if done.returncode:
+        cause = "; it was killed, likely for lack of memory" if done.returncode == -9 else ""
+        raise ResourceError(f"{name}: the measuring process ended with exit code {done.returncode}{cause}")
+    row = json_format.loads(done.stdout.splitlines()[-1])
+    on_cpu = row["platform"] == "cpu"
+    share = row["gflops_per_second"] / peak if on_cpu else None
+    return row | {"matmul_gflops": peak if on_cpu else None, "matmul_share": share}
+
+
+def matmul_gflops(size: int = 2048, repeats: int = 8) -> float:
+    """GFLOP/s of the best of a few float32 products of two `size` by `size` matrices, by NumPy on all cores."""
+    import numpy as np
+
+    a = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    out, best = np.empty_like(a), float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        np.matmul(a, a, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def measure(workload: Workload, steps: int) -> dict[str, Any]:
+    """Trains `steps` steps after two that are not counted, in this process; the row of `bench_train` but the shares."""
+    import jax
+    import numpy as np
+    import psutil
+
+    from jaxllm.data.batch import TokenBatch
+    from jaxllm.model.build import active_parameters, build
+    from jaxllm.objectives.lm import lm
+    from jaxllm.optim.config import OptimConfig
+    from jaxllm.optim.optimizers import make_optimizer
+    from jaxllm.sharding import make_sharding
+    from jaxllm.train.metrics import flops_per_token, peak_memory
+    from jaxllm.train.step import make_state, make_train_step
+
+    config, shape = workload.model, (workload.rows, workload.length)
+    model = build(config, make_sharding(devices=jax.devices()[:1]))
+    tx = make_optimizer(OptimConfig(), steps + 2, model.axes)
+    state = make_state(model, tx, jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def batch():
+        tokens = rng.integers(0, config.vocab, (workload.rows, workload.length + 1), np.int32)
+        positions = np.broadcast_to(np.arange(workload.length, dtype=np.int32), shape)
+        full = TokenBatch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, np.float32), positions, np.ones(shape, np.int32))
+        return model.sharding.batch(full)
+
+    start = time.perf_counter()
+    step = make_train_step(model, lm, tx).lower(state, batch()).compile()
+    compile_seconds = time.perf_counter() - start
+    seconds = []
+    for index in range(steps + 2):
+        rows = jax.block_until_ready(batch())
+        start = time.perf_counter()
+        state, metrics = step(state, rows)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - start)
+        if index == 0:
+            first_step_seconds = time.time() - psutil.Process().create_time()
+
+    median = statistics.median(seconds[2:])
+    total, active = active_parameters(config, model.abstract)
+    layers = [(spec.attn.heads, config.head_dim(spec.attn), spec.attn.window) for spec in config.layer_specs]
+    tokens = workload.rows * workload.length
+    flops = flops_per_token(active, layers, workload.length) * tokens
+    return {
+        "tokens_per_second": tokens / median,
+        "step_ms": median * 1e3,
+        "step_ms_min": min(seconds[2:]) * 1e3,
+        "step_ms_max": max(seconds[2:]) * 1e3,
+        "gflop_per_step": flops / 1e9,
+        "gflops_per_second": flops / median / 1e9,
+        "peak_mb": peak_memory()["host_bytes"] / 1e6,
+        "temporaries_mb": step.memory_analysis().temp_size_in_bytes / 1e6,
+        "compile_seconds": compile_seconds,
+        "first_step_seconds": first_step_seconds,
+        "loss": float(metrics["loss"]),
+        "parameters": total,
+        "active": active,
+        "steps": steps,
+        "platform": jax.default_backend(),
+        "jax": jax.__version__,
+    }
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """One line for each workload."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for _, heading, _ in COLUMNS:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*(format(row[key], how) if row[key] is not None else "-" for key, _, how in COLUMNS))
+    Console(soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    print(json_format.dumps({"workload": sys.argv[1]} | measure(WORKLOADS[sys.argv[1]], int(sys.argv[2]))))

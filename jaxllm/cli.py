@@ -1,0 +1,347 @@
+"""The command line: one verb for each thing a user wants done. Loads jax only once a verb needs it."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+
+from jaxllm.errors import UserError
+
+EXAMPLES = {
+    "train": "jaxllm train demo train.steps=200 out=runs/mine",
+    "tokenizer train": "jaxllm tokenizer train 'books/*.txt' --vocab 8192 --out tokenizers/books",
+    "tokenizer encode": "jaxllm tokenizer encode runs/demo 'def main():'",
+    "tokenizer decode": "jaxllm tokenizer decode runs/demo 300 301 302",
+    "data prepare": "jaxllm data prepare demo",
+    "data inspect": "jaxllm data inspect demo --rows 2",
+    "eval": "jaxllm eval runs/demo --data notes.txt",
+    "generate": "jaxllm generate runs/demo --prompt 'def main(' --temperature 0.7 --max-tokens 100",
+    "runs list": "jaxllm runs list",
+    "runs compare": "jaxllm runs compare runs/demo runs/demo-2",
+    "demo": "jaxllm demo --minutes 2",
+    "bench train": "jaxllm bench train --workloads W1 W2",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb; returns the exit code: 0, 2 for what the user can mend, 1 for anything unexpected."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("jaxllm").setLevel(logging.DEBUG if args.debug else logging.INFO)
+    if getattr(args, "launch", False) and not getattr(args, "print_config", False):
+        from jaxllm.launch import relaunch
+
+        relaunch(argv)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        return _fail(args, error, f"error: {error}", 2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return _fail(args, error, f"unexpected {type(error).__name__}: {first}\nrun again with --debug to see where", 1)
+
+
+def _fail(args, error: Exception, text: str, code: int) -> int:
+    if args.debug:
+        raise error
+    print(text, file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    top = argparse.ArgumentParser(prog="jaxllm", description="Train, evaluate and run decoder language models in JAX.")
+    top.add_argument("--version", action="version", version=_version())
+    _common(top, default=False)
+    verbs = top.add_subparsers(metavar="VERB", required=True)
+    _train(verbs)
+    _tokenizer(verbs)
+    _data(verbs)
+    _eval(verbs)
+    _generate(verbs)
+    _runs(verbs)
+    _demo(verbs)
+    _bench(verbs)
+    return top
+
+
+def _version() -> str:
+    from jaxllm import __version__
+
+    return f"jaxllm {__version__}"
+
+
+def _common(parser, default=argparse.SUPPRESS):
+    parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
+
+
+def _verb(verbs, name: str, help: str, run=None, example: str | None = None, **defaults):
+    """A verb with its help, an example, and the function that runs it."""
+    text = EXAMPLES.get(example or name)
+    verb = verbs.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"example:\n  {text}" if text else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _common(verb)
+    if run is not None:
+        verb.set_defaults(run=run, **defaults)
+    return verb
+
+
+def _train(verbs):
+    verb = _verb(
+        verbs, "train", "train a model by a settings file, or go on with a run that was stopped", train, launch=True
+    )
+    verb.add_argument("config", metavar="RUN.yaml", help="settings file, or the name of a shipped one (configs/runs)")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    verb.add_argument("--print-config", action="store_true", help="show all settings, resolved, with their meaning")
+    verb.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def train(args) -> int:
+    from jaxllm import config
+    from jaxllm.train.config import load_run
+
+    settings, scale = load_run(args.config, args.overrides)
+    if scale is not None:
+        print(scale.derivation())
+    if args.print_config:
+        print(config.describe(settings))
+        return 0
+    from jaxllm.train.loop import train
+
+    result = train(settings, quiet=args.quiet)
+    print(f"{result.status} at step {result.summary['steps']}: {result.folder}")
+    for key in ("loss", "heldout_loss", "bits_per_byte"):
+        if key in result.summary:
+            print(f"{key} {result.summary[key]:.4f}")
+    if not result.saved:
+        print("the last checkpoint was not saved (see above)", file=sys.stderr)
+        return 1
+    return settings.checkpoint.preempted_exit_code if result.status == "preempted" else 0
+
+
+def _tokenizer(verbs):
+    verbs = _verb(verbs, "tokenizer", "train a tokenizer, or use one").add_subparsers(metavar="VERB", required=True)
+    verb = _verb(
+        verbs, "train", "train a SentencePiece BPE tokenizer on text files", tokenizer_train, "tokenizer train"
+    )
+    verb.add_argument("files", nargs="+", help="files or globs; python-stdlib for the standard library")
+    verb.add_argument("--vocab", type=int, default=4096, help="number of pieces (default 4096)")
+    verb.add_argument("--field", default="text", help="key or column of the text in .jsonl and parquet (default text)")
+    verb.add_argument("--out", required=True, help="folder to write tokenizer.model and the chat template into")
+    verb = _verb(verbs, "encode", "token ids of a text", tokenizer_encode, "tokenizer encode")
+    verb.add_argument("tokenizer", help="run folder, tokenizer folder or .model file")
+    verb.add_argument("text", help="the text; - reads standard input")
+    verb.add_argument("--pieces", action="store_true", help="show the pieces too")
+    verb = _verb(verbs, "decode", "the text of token ids", tokenizer_decode, "tokenizer decode")
+    verb.add_argument("tokenizer", help="run folder, tokenizer folder or .model file")
+    verb.add_argument("ids", nargs="+", type=int, help="token ids")
+
+
+def tokenizer_train(args) -> None:
+    from pathlib import Path
+
+    from jaxllm.data.prepare import train_tokenizer
+    from jaxllm.data.sources import Source
+
+    if (Path(args.out) / "tokenizer.model").exists():
+        raise UserError(f"{args.out} already holds a tokenizer; choose another --out")
+    source = Source(name="text", path=tuple(args.files), field=args.field)
+    tokenizer = train_tokenizer((source,), args.vocab, args.out)
+    print(f"{args.out}: {tokenizer.vocab} pieces, hash {tokenizer.hash[:12]}")
+
+
+def _open_tokenizer(path: str):
+    from pathlib import Path
+
+    from jaxllm.data.tokenizer import Tokenizer
+
+    inside = Path(path) / "tokenizer"
+    return Tokenizer.load(inside if inside.is_dir() else path)
+
+
+def tokenizer_encode(args) -> None:
+    tokenizer = _open_tokenizer(args.tokenizer)
+    text = _standard_input() if args.text == "-" else args.text
+    ids = tokenizer.encode(text).tolist()
+    print(" ".join(map(str, ids)))
+    if args.pieces:
+        print(" ".join(repr(tokenizer.piece(i)) for i in ids))
+
+
+def _standard_input() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not UTF-8 at byte {error.start}") from None
+
+
+def tokenizer_decode(args) -> None:
+    print(_open_tokenizer(args.tokenizer).decode(args.ids))
+
+
+def _data(verbs):
+    verbs = _verb(verbs, "data", "tokenise text, or look at it").add_subparsers(metavar="VERB", required=True)
+    for name, help, run in (
+        ("prepare", "tokenise the sources of a settings file into token stores", data_prepare),
+        ("inspect", "show documents and packed rows of a settings file's sources", data_inspect),
+    ):
+        verb = _verb(verbs, name, help, run, f"data {name}")
+        verb.add_argument("config", metavar="RUN.yaml", help="settings file, or the name of a shipped one")
+        verb.add_argument(
+            "overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file"
+        )
+        if name == "inspect":
+            verb.add_argument("--rows", type=int, default=2, help="documents and rows to show (default 2)")
+
+
+def _prepared(args):
+    from jaxllm.data.prepare import prepare
+    from jaxllm.train.config import load_run
+    from jaxllm.train.folder import RunFolder
+
+    settings, _ = load_run(args.config, args.overrides)
+    tokenizer = RunFolder(settings).open_tokenizer(lambda text: print(text, file=sys.stderr))
+    stores = prepare(settings.data, tokenizer, say=lambda text: print(text, file=sys.stderr))
+    return settings, tokenizer, stores
+
+
+def data_prepare(args) -> None:
+    _, tokenizer, stores = _prepared(args)
+    for name, store in stores.items():
+        print(f"{name}: {store.documents:,} documents, {store.text_bytes:,} bytes, {store.tokens:,} tokens")
+    print(f"tokenizer {tokenizer.hash[:12]} of {tokenizer.vocab} pieces")
+
+
+def data_inspect(args) -> None:
+    from jaxllm.data.inspect import inspect
+
+    settings, tokenizer, stores = _prepared(args)
+    for store in stores.values():
+        print(inspect(store, tokenizer, args.rows, length=settings.train.seq_len, pack=settings.data.pack))
+
+
+def _eval(verbs):
+    verb = _verb(verbs, "eval", "perplexity and bits per byte of a model on text", evaluate, launch=True)
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, or one step in its checkpoints")
+    verb.add_argument(
+        "--data", nargs="+", required=True, metavar="FILE", help="text, .jsonl, .gz, .zst or parquet; globs"
+    )
+    verb.add_argument("--field", default="text", help="key or column of the text (default text)")
+    verb.add_argument("--seq-len", type=int, help="tokens that a prediction can see (default: the model's context)")
+    verb.add_argument("--batch", type=int, default=8, help="rows at a time (default 8)")
+    verb.add_argument("--ema", action="store_true", help="use the averaged weights")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def evaluate(args) -> None:
+    from jaxllm import api
+    from jaxllm.data.sources import Source
+
+    loaded = api.load(args.checkpoint, ema=args.ema)
+    source = Source(name="eval", path=tuple(args.data), field=args.field)
+    found = api.evaluate(loaded, source, seq_len=args.seq_len, batch=args.batch)
+    if args.json:
+        print(json.dumps(found))
+        return
+    for key, value in found.items():
+        print(f"{key:<14} {value:,.4f}" if isinstance(value, float) else f"{key:<14} {value:,}")
+
+
+def _generate(verbs):
+    verb = _verb(verbs, "generate", "continue a prompt, streamed as text", generate, launch=True)
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, or one step in its checkpoints")
+    verb.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
+    verb.add_argument("--max-tokens", type=int, default=128, help="most tokens to make (default 128)")
+    verb.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    verb.add_argument("--top-k", type=int, default=0, help="keep this many of the likeliest tokens (0: all)")
+    verb.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
+    verb.add_argument("--min-p", type=float, default=0.0, help="keep tokens of this share of the largest probability")
+    verb.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    verb.add_argument("--ema", action="store_true", help="use the averaged weights")
+
+
+def generate(args) -> None:
+    from jaxllm import api
+
+    prompt = _standard_input() if args.prompt == "-" else args.prompt
+    loaded = api.load(args.checkpoint, ema=args.ema)
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+    pieces = api.stream(loaded, prompt, **{name: getattr(args, name) for name in names})
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _runs(verbs):
+    verbs = _verb(verbs, "runs", "look at run folders").add_subparsers(metavar="VERB", required=True)
+    verb = _verb(verbs, "list", "a table of runs", runs_list, "runs list")
+    verb.add_argument("folder", nargs="?", default="runs", help="folder of run folders (default runs)")
+    verb = _verb(verbs, "compare", "settings that differ, and results side by side", runs_compare, "runs compare")
+    verb.add_argument("folders", nargs="+", help="run folders")
+
+
+def runs_list(args) -> None:
+    from pathlib import Path
+
+    from jaxllm.train.runs import list_runs
+
+    print(list_runs(Path(args.folder)))
+
+
+def runs_compare(args) -> None:
+    from pathlib import Path
+
+    from jaxllm.train.runs import compare_runs
+
+    print(compare_runs(*map(Path, args.folders)))
+
+
+def _demo(verbs):
+    help = "train a small model on Python's standard library, from text to samples, in about five minutes"
+    verb = _verb(verbs, "demo", help, demo, launch=True)
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the demo's")
+    verb.add_argument("--moe", action="store_true", help="with a mixture of experts")
+    verb.add_argument("--minutes", type=float, default=5.0, help="about how long, in all (default 5)")
+    verb.add_argument("--out", help="run folder (default runs/demo, or the next free runs/demo-N)")
+
+
+def demo(args) -> int:
+    from jaxllm.demo import demo
+
+    result = demo(moe=args.moe, minutes=args.minutes, out=args.out, overrides=args.overrides)
+    return 0 if result.saved else 1
+
+
+def _bench(verbs):
+    verbs = _verb(verbs, "bench", "measure speed").add_subparsers(metavar="VERB", required=True)
+    verb = _verb(verbs, "train", "tokens/s, memory and compile time of real training steps", bench_train, "bench train")
+    verb.set_defaults(launch=True)
+    verb.add_argument("--workloads", nargs="+", default=["W1", "W2", "W3"], help="default: W1 W2 W3")
+    verb.add_argument("--steps", type=int, help="timed steps (default: as the workload says)")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def bench_train(args) -> None:
+    from jaxllm.bench import bench_train
+
+    print(bench_train(args.workloads, steps=args.steps, json=args.json))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

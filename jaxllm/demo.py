@@ -1,0 +1,108 @@
+"""`jaxllm demo`: the whole pipeline on the Python standard library's own source, within a few minutes on a CPU."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxllm import config as settings_of
+from jaxllm.data.batch import TokenBatch
+from jaxllm.data.prepare import prepare
+from jaxllm.generate.text import generate_text
+from jaxllm.model.build import build
+from jaxllm.objectives.lm import lm
+from jaxllm.optim.optimizers import make_optimizer
+from jaxllm.sharding import make_sharding
+from jaxllm.train.config import RunConfig, load_run
+from jaxllm.train.folder import RunFolder
+from jaxllm.train.loop import Result, train
+from jaxllm.train.step import make_state, make_train_step
+
+PROMPTS = ("def read_lines(path):\n", "class Stack:\n", "import os\nimport sys\n\n")
+#: Seconds kept for what follows training: its compilation, the last evaluation, samples and reports.
+RESERVE = 45
+
+
+def demo(*, moe: bool = False, minutes: float = 5.0, out: str | None = None, overrides=()) -> Result:
+    """Trains a small model on the standard library for about `minutes` in all, and shows what it learned.
+
+    The number of steps follows from the speed measured at the start; everything else is in configs/runs/demo.yaml.
+    """
+    started = time.monotonic()
+    out = out or str(free_folder(Path("runs/demo-moe" if moe else "runs/demo")))
+    config, _ = load_run("demo-moe" if moe else "demo", [f"out={out}", *overrides])
+    print(f"1/4  Text and tokenizer: Python's standard library -> {out}", flush=True)
+    folder = RunFolder(config)
+    tokenizer = folder.open_tokenizer(print)
+    tokenizer.save(folder.tokenizer_dir)
+    for name, store in prepare(config.data, tokenizer).items():
+        print(f"     {name}: {store.documents} files, {store.text_bytes:,} bytes, {store.tokens:,} tokens")
+    print("2/4  Measuring the speed of a training step", flush=True)
+    seconds = seconds_per_step(config)
+    left = minutes * 60 * 0.95 - (time.monotonic() - started) - RESERVE * min(1.0, minutes / 2)
+    steps = max(20, int(left / seconds))
+    print(f"3/4  Training: {steps} steps of about {seconds:.2f} s", flush=True)
+    result = train(with_steps(config, steps))
+    print("4/4  What it writes:", flush=True)
+    show_samples(result)
+    print(farewell(result, time.monotonic() - started))
+    return result
+
+
+def free_folder(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3`, ... that does not exist: nothing is written over."""
+    candidates = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in range(1, 10_000))
+    return next(p for p in candidates if not p.exists())
+
+
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """The settings with this many steps and about eight evaluations."""
+    train_config = dataclasses.replace(config.train, steps=steps, eval_every=max(10, steps // 8))
+    checkpoint = dataclasses.replace(config.checkpoint, every=max(10, steps // 4))
+    return dataclasses.replace(config, train=train_config, checkpoint=checkpoint)
+
+
+def seconds_per_step(config: RunConfig, steps: int = 3) -> float:
+    """Median time of the real training step, on random tokens."""
+    model = build(config.model, make_sharding(config.parallel), config.kernels)
+    tx = make_optimizer(config.optim, 1000, model.axes)
+    state = make_state(model, tx, jax.random.key(0))
+    shape = (config.train.batch, config.train.seq_len)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape).astype(np.int32)
+    ones = np.ones(shape, np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    batch = model.sharding.batch(TokenBatch(tokens, tokens, ones.astype(np.float32), positions, ones))
+    step = make_train_step(model, lm, tx)
+    times = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def show_samples(result: Result) -> None:
+    made = generate_text(
+        result.model, result.params, result.tokenizer, PROMPTS, max_tokens=60, temperature=0.7, top_p=0.95, seed=0
+    )
+    for prompt, sample in zip(PROMPTS, made, strict=True):
+        text = (prompt + sample.text).rstrip().replace("\n", "\n     | ")
+        print(f"     | {text}\n")
+
+
+def farewell(result: Result, seconds: float) -> str:
+    out, s = result.folder, result.summary
+    return "\n".join(
+        [
+            f"Held out: {s['bits_per_byte']:.3f} bits per byte, perplexity {s['perplexity']:.1f} "
+            f"({s['params']:,} parameters, {s['tokens']:,} tokens, {seconds:.0f} s in all).",
+            f"Everything is in {out}: checkpoints/, metrics.jsonl, loss.png, settings.yaml, card.md (the run card).",
+            "Try next:",
+            f"  jaxllm generate {out} --prompt 'def parse(' --temperature 0.7",
+            f"  jaxllm eval {out} --data some_file.py",
+            f"  jaxllm train {settings_of.config_dir() / 'runs' / 'demo.yaml'} train.steps=2000 out=runs/longer",
+        ]
+    )
