@@ -1,0 +1,270 @@
+"""The checkpoints of one run: asynchronous saves, retention, and an exact resume.
+
+One folder per step, whose life is readable in this file: orbax writes `<step>/params` and `<step>/rest` in its own
+threads, `manifest.seal` makes the step a saved one, `_retain` deletes what is no longer wanted, and a damaged one is
+renamed to `<step>.corrupt` when a run resumes. We drive orbax's AsyncCheckpointer and not its CheckpointManager: the
+manager deletes, lists and falls through to steps by rules that do not know our manifest, and would have to be told
+twice.
+"""
+
+import contextlib
+import logging
+import shutil
+import threading
+
+import humanize
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
+
+from jaxllm import tree
+from jaxllm.checkpoint import arrays, manifest
+from jaxllm.checkpoint.reader import NEXT, Restored, absolute, newest_whole, numbered, steps_in
+from jaxllm.config import settings
+from jaxllm.errors import CheckpointError, ResourceError
+
+log = logging.getLogger("jaxllm")
+ASIDE = ".corrupt"
+BARRIER_MS = 1_200_000  # orbax gives a save 20 minutes
+REASON = 120  # characters of an error shown, the last ones: tensorstore ends its own with what the system said
+
+
+@settings
+class CheckpointConfig:
+    every: int = 500
+    """steps between two saves"""
+    keep: int = 3
+    """newest checkpoints to keep"""
+    keep_every: int | None = None
+    """keep for ever each checkpoint whose step is a multiple of this"""
+    keep_best: bool = True
+    """keep the checkpoint with the lowest held-out loss too"""
+    preempted_exit_code: int = 0
+    """exit code after SIGTERM, for schedulers that restart only what failed"""
+
+    def __post_init__(self):
+        for name in ("every", "keep", "keep_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+class Checkpoints:
+    """The checkpoints in `folder` (local or `gs://`), for the one run that writes there; every process makes one.
+
+    Unfinished saves of an earlier process are removed on construction. `failed` says why the last save failed, or
+    is None. Use it as a context manager, or `close` it: a save in flight ends there.
+    """
+
+    def __init__(self, folder, config: CheckpointConfig | None = None):
+        self.folder, self.config = absolute(folder), config or CheckpointConfig()
+        self.failed: str | None = None
+        self._finishing: threading.Thread | None = None
+        self._current: int | None = None  # the step that memory and disk have in common
+        self._saves = self._need = 0
+        self._barrier = ocp.multihost.get_barrier_sync_fn()
+        # Zstd on float weights takes four times the CPU time to save 8 % of the space.
+        handler = ocp.CompositeCheckpointHandler(
+            **{name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in (arrays.PARAMS, arrays.REST)}
+        )
+        # No renaming: a folder is not renamed at once on an object store, and the manifest marks the end of a save.
+        atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
+        self._orbax = ocp.AsyncCheckpointer(handler, atomicity_options=atomicity)
+        if _primary():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_unfinished()
+        ocp.multihost.sync_global_processes("jaxllm:checkpoints")
+        self._losses = {step: _loss(self.folder / str(step)) for step in self.steps()}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def steps(self) -> list[int]:
+        """The saved steps, oldest first."""
+        return steps_in(self.folder)
+
+    def best(self) -> int | None:
+        """The saved step with the lowest loss, the earlier one of two equals; None when none was given a loss."""
+        losses = {step: self._losses.get(step) for step in self.steps()}
+        losses = {step: loss for step, loss in losses.items() if loss is not None and not np.isnan(loss)}
+        return min(losses, key=lambda step: (losses[step], step), default=None)
+
+    def check_space(self, state) -> None:
+        """Raises ResourceError where the disk cannot hold this run's checkpoints of `state` (arrays or shapes)."""
+        copies = max(1, self.config.keep + self.config.keep_best + 1 - len(self.steps()))
+        check_space(self.folder, copies * tree.nbytes(state), f"{copies} checkpoint{'s' * (copies > 1)}")
+
+    def save(self, step: int, state, meta: dict, *, loss: float | None = None) -> None:
+        """Starts to save a step, and returns once the arrays may be overwritten (donated).
+
+        `state`: a tree of jax arrays. `meta`: what JSON can hold: settings, data position, hashes. `loss`: the
+        held-out loss, if there is one, for `keep_best`. Waits for the save before it. What goes wrong from here on
+        (a full disk) is logged and put in `failed`, its leftovers are removed, and training can go on; the step is
+        reported as saved only once it is. Saving again the step just saved or restored does nothing.
+        Raises CheckpointError when an older run of this folder has saved that step.
+        """
+        self.wait()
+        if step == self._current:
+            return
+        if manifest.sealed(self.folder / str(step)):
+            raise CheckpointError(f"{self.folder} already has step {step}: use another run folder, or move it away")
+        body = manifest.plain({"step": step, "loss": loss, "leaves": arrays.table(state), "meta": meta})
+        self.failed, self._saves, self._need = None, self._saves + 1, tree.nbytes(state)
+        try:
+            self._agree_on_space(self._need)
+            self._orbax.save(self.folder / str(step), args=arrays.to_save(state), force=True)
+        except Exception as error:  # whatever it is, hours of training are worth more than this save
+            self._fail(step, error)
+            return
+        self._finishing = threading.Thread(target=self._finish, args=(step, body), name=f"seal-{step}")
+        self._finishing.start()
+
+    def restore(self, abstract, *, step: int | None = None) -> Restored | None:
+        """The newest whole step (or `step`), or None where nothing was ever saved.
+
+        `abstract`: the state as leaves with shape, dtype and sharding; any mesh will do, and parameters are bit-equal
+        on all of them. Damaged newer steps are logged and renamed to `<step>.corrupt`, but only once a whole one is
+        found. Raises CheckpointError when all are damaged, or when the arrays are not those of `abstract`.
+        """
+        self.wait()
+        if step is None and not self.steps():
+            if aside := self._set_aside():
+                names = ", ".join(aside)
+                raise CheckpointError(f"{self.folder} has only damaged checkpoints ({names}): {NEXT}")
+            return None
+        step, body, damaged = newest_whole(self.folder, step, items=("",))
+        state = arrays.restore(self.folder / str(step), body["leaves"], abstract)
+        for number, why in damaged.items():
+            name = self._put_aside(number)
+            log.warning("%s/%d is damaged (%s): kept as %s, resuming from %d", self.folder, number, why, name, step)
+        ocp.multihost.sync_global_processes("jaxllm:restored")
+        self._current = step
+        return Restored(state, body["meta"], step)
+
+    def wait(self) -> None:
+        """Returns when no save is in flight."""
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+
+    def close(self) -> None:
+        """Waits, and frees orbax's threads."""
+        self.wait()
+        self._orbax.close()
+
+    def _finish(self, step: int, body: dict) -> None:
+        """Runs in a thread of its own: seals the step once orbax has written it, then retention."""
+        folder, error = self.folder / str(step), None
+        try:
+            self._orbax.wait_until_finished()
+            if _primary():
+                manifest.seal(folder, body)
+                self._losses[step] = body["loss"]
+                self._retain()
+        except Exception as caught:
+            error = caught
+        try:
+            if jax.process_count() > 1:  # so that after `wait` all processes see the same folders
+                self._barrier(key=f"jaxllm:seal:{self._saves}", timeout_ms=BARRIER_MS)
+        except Exception as caught:
+            error = error or caught
+        if not manifest.sealed(folder):
+            self._fail(step, error or RuntimeError("another process could not write its share"))
+            return
+        self._current, self._losses[step] = step, body["loss"]
+        log.info("saved step %d in %s", step, folder)
+        if error is not None:
+            log.warning("after step %d was saved in %s: %s", step, self.folder, error)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = reason if len(reason) <= REASON or isinstance(error, ResourceError) else "..." + reason[-REASON:]
+        if manifest.is_local(self.folder) and not isinstance(error, ResourceError):
+            reason += f"; it needs {_size(self._need)}, {_size(_free(self.folder))} are free"
+        self.failed = f"step {step} was not saved in {self.folder}: {reason}"
+        log.error("%s", self.failed)
+        if _primary():
+            with contextlib.suppress(OSError):
+                (self.folder / str(step)).rmtree(missing_ok=True)
+
+    def _agree_on_space(self, need: int) -> None:
+        """The first process looks, and all of them save or none."""
+        error = None
+        if _primary():
+            try:
+                check_space(self.folder, need)
+            except ResourceError as caught:
+                error = caught
+        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
+            error = error or ResourceError("too little disk, says the first process")
+        if error is not None:
+            raise error
+
+    def _retain(self) -> None:
+        """Deletes the steps that neither count, interval nor loss keep."""
+        steps, every = self.steps(), self.config.keep_every
+        kept = {*steps[-self.config.keep :], *(step for step in steps if every and step % every == 0)}
+        if self.config.keep_best:
+            kept.add(self.best())
+        for step in set(steps) - kept:
+            (self.folder / str(step) / manifest.NAME).unlink()
+            (self.folder / str(step)).rmtree()
+
+    def _remove_unfinished(self) -> None:
+        for step in set(numbered(self.folder)) - set(self.steps()):
+            (self.folder / str(step)).rmtree()
+            log.warning("removed %s/%d: its save was never finished", self.folder, step)
+
+    def _set_aside(self) -> list[str]:
+        return [path.name for path in self.folder.iterdir() if ASIDE in path.name]
+
+    def _put_aside(self, step: int) -> str:
+        taken, name = self._set_aside(), f"{step}{ASIDE}"
+        while name in taken:
+            name += "-again"
+        (self.folder / str(step)).rename(self.folder / name)
+        return name
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for orbax's own account of a failed save: three tracebacks of what `_fail` says in a line."""
+    return not (record.exc_info and "orbax" in record.pathname) or log.isEnabledFor(logging.DEBUG)
+
+
+logging.getLogger("absl").addFilter(_is_news)
+
+
+def check_space(folder, need: int, what: str = "a checkpoint") -> None:
+    """Raises ResourceError where fewer than `need` bytes are free for `folder`; object stores are not asked."""
+    folder = absolute(folder)
+    if manifest.is_local(folder) and (have := _free(folder)) < need:
+        raise ResourceError(
+            f"{folder}: {what} of {_size(need)} would not fit, {_size(have)} are free; "
+            "free some space, lower checkpoint.keep, or choose another folder"
+        )
+
+
+def _free(folder: epath.Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _size(count: int) -> str:
+    return humanize.naturalsize(count, binary=True)
+
+
+def _primary() -> bool:
+    return jax.process_index() == 0
+
+
+def _loss(folder: epath.Path) -> float | None:
+    try:
+        return manifest.read(folder).get("loss")
+    except (manifest.Damaged, CheckpointError):
+        return None  # said when the step is read; an old loss is no reason not to start
