@@ -77,12 +77,16 @@ class Sharding:
         return math.prod(self.mesh.shape[axis] for axis in _tuple(mesh_axes))
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], path: str) -> PartitionSpec:
-        """The partition of a weight. Raises SettingsError when a dimension does not divide."""
-        rules, out = dict(self.rules), []
+        """The partition of a weight. Raises SettingsError where a dimension does not divide or shares a mesh axis."""
+        rules, out, owner = dict(self.rules), [], {}
         for axis, dim in zip(axes, shape, strict=True):
             mesh_axes = rules[axis] if axis else None
             if dim % self._size(mesh_axes):
                 raise SettingsError(self._does_not_divide(axis, dim, mesh_axes, path))
+            for name in _tuple(mesh_axes):
+                if name in owner:
+                    raise SettingsError(f"{path}: {name} would split both {owner[name]} and {axis}; see parallel.rules")
+                owner[name] = axis
             out.append(mesh_axes)
         return PartitionSpec(*out)
 
@@ -134,7 +138,13 @@ def join_processes(config: ParallelConfig) -> None:
     if "JAX_PROCESS_ID" in os.environ and config.processes is not None:
         jax.distributed.initialize(num_processes=config.processes, process_id=int(os.environ["JAX_PROCESS_ID"]))
     else:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise SettingsError(
+                f"parallel.processes={config.processes}: the cluster does not say where the others are ({error}); "
+                "set JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID for each process"
+            ) from None
     if config.processes not in (None, jax.process_count()):
         raise SettingsError(f"parallel.processes={config.processes}, but {jax.process_count()} processes joined")
 

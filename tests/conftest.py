@@ -2,12 +2,40 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    flags += " --xla_force_host_platform_device_count=8"
+    # Compiling is most of the time of these tests, and the programs are tiny.
+    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = flags.strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if cache := os.environ.get("JAXLLM_TEST_CACHE"):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with the text, the tokenizer and the token stores of small runs (see small.py)."""
+    import small
+
+    from jaxllm.data.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("corpus")
+    small.write_corpus(folder)
+    Tokenizer.train([path.read_text() for path in sorted(folder.glob("*.txt"))], 400, folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(corpus, tmp_path_factory):
+    """The Result of a small run from start to end; its folder must stay as it is."""
+    import small
+
+    from jaxllm import api
+
+    return api.train(small.settings(corpus, tmp_path_factory.mktemp("runs") / "finished"), quiet=True)

@@ -69,7 +69,7 @@ class Model:
         return params["embed" if self.config.tied else "head"]
 
     def unembed(self, head, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits `[B, T, V]` in float32; V is the vocabulary without its padding."""
+        """Logits `[B, T, V]` in float32; V is the padded vocabulary, and ids of the padding get -1e30."""
         logits_BTV = einsum("BTD,VD->BTV", hidden_BTD, head, dtype=jnp.float32)
         logits_BTV = self.sharding.constrain(logits_BTV, "batch", "seq", "vocab")
         if self.config.logit_softcap is not None:

@@ -140,7 +140,8 @@ class MoeSpec:
     shared_ffw: int = 0
     """Hidden width of the shared expert that every token passes; 0 for none."""
     capacity_factor: float | None = None
-    """Tokens an expert takes from a row, over its fair share; the rest are dropped. Null drops none."""
+    """Tokens an expert takes from a row, over its fair share; the rest are dropped. Null drops none. Not causal: a
+    later token's first choice goes before an earlier one's second (as in GShard)."""
     balance: Literal["sequence", "batch", "bias", "none"] = "sequence"
     """Load balancing: a loss per row or over the batch, a router bias without a loss (arXiv 2408.15664), or none."""
     balance_coef: float | None = None
@@ -230,8 +231,11 @@ class ModelConfig:
     def _check_attention(self, attn: AttnSpec):
         if attn.head is None and self.embed % attn.heads:
             raise ValueError(f"embed={self.embed} does not divide by heads={attn.heads}; set attn.head, or other heads")
-        if attn.rope and (rotated := int(self.head_dim(attn) * attn.rope.fraction)) % 2:
-            raise ValueError(f"rope rotates pairs, but head * fraction = {rotated} is odd")
+        if attn.rope:
+            rotated = int(self.head_dim(attn) * attn.rope.fraction)
+            least = 4 if attn.rope.scaling in ("ntk", "dynamic_ntk") else 2  # NTK divides by the dimensions less 2
+            if rotated % 2 or rotated < least:
+                raise ValueError(f"rope needs an even head * fraction of at least {least}, got {rotated}")
 
     def head_dim(self, attn: AttnSpec) -> int:
         return attn.head or self.embed // attn.heads

@@ -37,17 +37,21 @@ class TrainState:
 def make_state(
     model: Model, tx: optax.GradientTransformation, key, *, params=None, trainable="**", ema=False
 ) -> TrainState:
-    """A fresh state, every array made where it will live. `params` defaults to new weights."""
+    """A fresh state, every array made where it will live.
+
+    `params` defaults to new weights; the step donates its state, so weights given here are gone after the first one.
+    """
     init_key, key = jax.random.split(key)
     params = model.init(init_key) if params is None else params
     shapes = abstract_state(model, tx, trainable=trainable, ema=ema)
     chosen, _ = tree.partition(params, tree.select(params, trainable))
     opt = jax.jit(tx.init, out_shardings=jax.tree.map(lambda s: s.sharding, shapes.opt))(chosen)
-    zero = jax.device_put(jnp.zeros((), jnp.int32), shapes.step.sharding)
-    extra = {"skipped": zero, "skipped_in_row": zero.copy()}
+    everywhere = shapes.step.sharding  # a jit, since device_put reaches no devices of other processes
+    counters, key = jax.jit(lambda key: ([jnp.int32(0)] * 3, key), out_shardings=everywhere)(key)
+    extra = {"skipped": counters[0], "skipped_in_row": counters[1]}
     if ema:
         extra["ema"] = jax.tree.map(jnp.copy, chosen)
-    return TrainState(zero.copy(), params, opt, jax.device_put(key, shapes.key.sharding), extra)
+    return TrainState(counters[2], params, opt, key, extra)
 
 
 def abstract_state(model: Model, tx: optax.GradientTransformation, *, trainable="**", ema=False) -> TrainState:
@@ -105,12 +109,15 @@ def make_train_step(
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
-        updates, opt = tx.update(grads, state.opt, chosen)
-        updated = optax.apply_updates(chosen, updates)
         load = metrics.pop("load", {})
-        params = model.balance(tree.combine(updated, frozen), load)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
-        params, opt = keep(params, state.params), keep(opt, state.opt)
+
+        def update(params, opt):
+            updates, opt = tx.update(grads, opt, chosen)
+            balanced = model.balance(tree.combine(optax.apply_updates(chosen, updates), frozen), load)
+            return tree.combine(tree.partition(balanced, mask)[0], frozen), opt  # a frozen router bias stays, too
+
+        # A branch, not a select: selecting makes XLA copy the whole optimizer state first.
+        params, opt = jax.lax.cond(finite, update, lambda params, opt: (params, opt), state.params, state.opt)
         extra = _extra(state.extra, finite, ema, tree.partition(params, mask)[0])
         out = {"loss": loss * scale, "grad_norm": norm, "targets": count, "skipped": extra["skipped"]}
         out |= {name: value * scale for name, value in metrics.items()}
