@@ -106,7 +106,7 @@ def make_train_step(
         (loss, (count, metrics)), grads = _accumulate(loss_of, chosen, batch, key, accumulate)
         scale = 1 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
         load = metrics.pop("load", {})
