@@ -16,7 +16,7 @@ from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import CheckpointError
 from jaxllm.generate.text import TextGeneration, generate_text, stream_text
-from jaxllm.model.build import Model, Params, build
+from jaxllm.model.build import Model, Params, build, check_tokens
 from jaxllm.model.spec import ModelConfig
 from jaxllm.sharding import ParallelConfig, make_sharding
 from jaxllm.train import loop
@@ -44,7 +44,7 @@ def load(path: str | Path, *, step: int | None = None, parallel: ParallelConfig 
     Raises CheckpointError when there is none, when it is damaged, or when its tokenizer is not the one beside it.
     """
     step, meta = checkpoint.read_meta(path, step)
-    config = settings_of.parse(ModelConfig, meta["settings"]["model"], f"settings saved in {path}")
+    config = settings_of.parse(ModelConfig, meta["model"], f"settings saved in {path}")
     model = build(config, make_sharding(parallel))
     part = "extra/ema" if ema else "params"
     restored = checkpoint.load(path, model.abstract, step=step, part=part)
@@ -58,9 +58,9 @@ def load(path: str | Path, *, step: int | None = None, parallel: ParallelConfig 
 
 
 def _beside(path: str | Path) -> epath.Path:
-    """The run folder that a checkpoint path lies in."""
+    """The folder that holds the tokenizer of a checkpoint path: that of the steps, or the run folder around it."""
     folder, _ = checkpoint.locate(path)
-    return folder.parent if folder.name == "checkpoints" else folder
+    return folder if (folder / "tokenizer").is_dir() else folder.parent
 
 
 def train(config: RunConfig | dict | str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> loop.Result:
@@ -90,15 +90,15 @@ def evaluate(
     """Perplexity and bits per byte of text: a path, several, or a Source.
 
     `seq_len`: tokens in a row, which is what a prediction can see; default: the model's context.
-    Raises DataError for files that cannot be read.
+    Raises DataError for files that cannot be read, SettingsError for rows longer than learned positions.
     """
+    seq_len = seq_len or loaded.model.config.context
+    check_tokens(loaded.model.config, (), seq_len)
     if not isinstance(data, Source):
         data = Source(name="eval", path=data if isinstance(data, str) else tuple(data))
     where = Path(DataConfig(sources=(data,)).cache)
     store = prepare_source(data, loaded.tokenizer, where, say=log.info)
     ways = loaded.model.sharding.batch_size
-    evaluator = Evaluator(
-        loaded.model, {data.name: store}, seq_len=seq_len or loaded.model.config.context, batch=-(-batch // ways) * ways
-    )
+    evaluator = Evaluator(loaded.model, {data.name: store}, seq_len=seq_len, batch=-(-batch // ways) * ways)
     found = evaluator(loaded.params, progress=progress)
     return found | {"documents": store.documents, "tokens": store.tokens, "bytes": store.text_bytes}

@@ -27,8 +27,10 @@ EXAMPLES = {
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb; returns the exit code: 0, 2 for what the user can mend, 1 for anything unexpected."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
+    args = parse(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Programs compiled once are found again by the next run.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxllm/xla"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("jaxllm").setLevel(logging.DEBUG if args.debug else logging.INFO)
     if getattr(args, "launch", False) and not getattr(args, "print_config", False):
@@ -48,6 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         return _fail(args, error, f"unexpected {type(error).__name__}: {first}\nrun again with --debug to see where", 1)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; `section.key=value` may stand before, between and after options, which argparse alone refuses."""
+    args, rest = parser().parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _fail(args, error: Exception, text: str, code: int) -> int:
@@ -116,7 +128,9 @@ def train(args) -> int:
 
     settings, scale = load_run(args.config, args.overrides)
     if scale is not None:
+        run = settings.train
         print(scale.derivation())
+        print(f"so: {run.total_steps:,} steps of {run.batch} rows x {run.seq_len} tokens, lr {settings.optim.lr:.4g}")
     if args.print_config:
         print(config.describe(settings))
         return 0

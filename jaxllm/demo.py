@@ -10,6 +10,7 @@ import numpy as np
 from jaxllm import config as settings_of
 from jaxllm.data.batch import TokenBatch
 from jaxllm.data.prepare import prepare
+from jaxllm.errors import SettingsError
 from jaxllm.generate.text import generate_text
 from jaxllm.model.build import build
 from jaxllm.objectives.lm import lm
@@ -23,6 +24,7 @@ from jaxllm.train.step import make_state, make_train_step
 PROMPTS = ("def read_lines(path):\n", "class Stack:\n", "import os\nimport sys\n\n")
 #: Seconds kept for what follows training: its compilation, the last evaluation, samples and reports.
 RESERVE = 45
+SET_BY_THE_CLOCK = ("train.steps", "train.eval_every", "checkpoint.every")
 
 
 def demo(*, moe: bool = False, minutes: float = 5.0, out: str | None = None, overrides=()) -> Result:
@@ -31,6 +33,7 @@ def demo(*, moe: bool = False, minutes: float = 5.0, out: str | None = None, ove
     The number of steps follows from the speed measured at the start; everything else is in configs/runs/demo.yaml.
     """
     started = time.monotonic()
+    check_arguments(minutes, overrides)
     out = out or str(free_folder(Path("runs/demo-moe" if moe else "runs/demo")))
     config, _ = load_run("demo-moe" if moe else "demo", [f"out={out}", *overrides])
     print(f"1/4  Text and tokenizer: Python's standard library -> {out}", flush=True)
@@ -45,10 +48,22 @@ def demo(*, moe: bool = False, minutes: float = 5.0, out: str | None = None, ove
     steps = max(20, int(left / seconds))
     print(f"3/4  Training: {steps} steps of about {seconds:.2f} s", flush=True)
     result = train(with_steps(config, steps))
+    if result.status != "finished":
+        print(f"{result.status} at step {result.summary['steps']}; to go on: jaxllm train {out}/settings.yaml")
+        return result
     print("4/4  What it writes:", flush=True)
     show_samples(result)
     print(farewell(result, time.monotonic() - started))
     return result
+
+
+def check_arguments(minutes: float, overrides) -> None:
+    """Raises SettingsError for settings that the demo would replace."""
+    if not minutes > 0:
+        raise SettingsError(f"--minutes={minutes}: must be above 0")
+    for text in overrides:
+        if (key := text.partition("=")[0]) in SET_BY_THE_CLOCK:
+            raise SettingsError(f"{key}: the demo sets it by --minutes; to set it by hand: jaxllm train demo {text}")
 
 
 def free_folder(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from jaxllm.checkpoint.manifest import FORMAT
 from jaxllm.checkpoint.preemption import Preemption
-from jaxllm.checkpoint.reader import Restored, load, read_meta
+from jaxllm.checkpoint.reader import Restored, load, locate, read_meta
 from jaxllm.checkpoint.store import CheckpointConfig, Checkpoints, check_space
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "Restored",
     "check_space",
     "load",
+    "locate",
     "read_meta",
 ]

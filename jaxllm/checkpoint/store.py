@@ -34,6 +34,10 @@ REASON = 120  # characters of an error shown, the last ones: tensorstore ends it
 
 @settings
 class CheckpointConfig:
+    """Saving, and which of the saved steps stay."""
+
+    folder: str | None = None
+    """where the steps go, such as gs://bucket/run; null means checkpoints/ in the run folder"""
     every: int = 500
     """steps between two saves"""
     keep: int = 3
@@ -54,8 +58,8 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints in `folder` (local or `gs://`), for the one run that writes there; every process makes one.
 
-    Unfinished saves of an earlier process are removed on construction. `failed` says why the last save failed, or
-    is None. Use it as a context manager, or `close` it: a save in flight ends there.
+    The first save makes the folder; unfinished saves of an earlier process are removed on construction. `failed` says
+    why the last save failed, or is None. Use it as a context manager, or `close` it: a save in flight ends there.
     """
 
     def __init__(self, folder, config: CheckpointConfig | None = None):
@@ -73,7 +77,6 @@ class Checkpoints:
         atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
         self._orbax = ocp.AsyncCheckpointer(handler, atomicity_options=atomicity)
         if _primary():
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
         ocp.multihost.sync_global_processes("jaxllm:checkpoints")
         self._losses = {step: _loss(self.folder / str(step)) for step in self.steps()}
@@ -116,6 +119,8 @@ class Checkpoints:
         body = manifest.plain({"step": step, "loss": loss, "leaves": arrays.table(state), "meta": meta})
         self.failed, self._saves, self._need = None, self._saves + 1, tree.nbytes(state)
         try:
+            if _primary():
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._agree_on_space(self._need)
             self._orbax.save(self.folder / str(step), args=arrays.to_save(state), force=True)
         except Exception as error:  # whatever it is, hours of training are worth more than this save
@@ -221,7 +226,7 @@ class Checkpoints:
             log.warning("removed %s/%d: its save was never finished", self.folder, step)
 
     def _set_aside(self) -> list[str]:
-        return [path.name for path in self.folder.iterdir() if ASIDE in path.name]
+        return [path.name for path in self.folder.iterdir() if ASIDE in path.name] if self.folder.is_dir() else []
 
     def _put_aside(self, step: int) -> str:
         taken, name = self._set_aside(), f"{step}{ASIDE}"

@@ -1,6 +1,5 @@
 """Settings of a run, whole: what `jaxllm train RUN.yaml` reads, prints and saves."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from jaxllm import config as settings_of
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import settings
 from jaxllm.data.config import DataConfig
-from jaxllm.errors import SettingsError
+from jaxllm.errors import SettingsError, nearest
 from jaxllm.model.spec import Kernels, ModelConfig, RopeSpec
 from jaxllm.optim.config import OptimConfig
 from jaxllm.optim.scale import Scale, compute_optimal
@@ -31,6 +30,11 @@ class Stage:
     """Rows in a step; null keeps train.batch."""
     rope: RopeSpec | None = None
     """RoPE of every layer that has one, from this stage on (context extension); null keeps the model's."""
+
+    def __post_init__(self):
+        for name in ("steps", "seq_len", "batch"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"stage {self.name}: {name}={value} must be at least 1")
 
 
 @settings
@@ -125,10 +129,11 @@ class LogConfig:
         """First and last step to trace."""
         if self.profile is None:
             return None
-        first, _, last = self.profile.partition("-")
-        if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
+        first, dash, last = self.profile.partition("-")
+        last = last if dash else first
+        if not (first.isdigit() and last.isdigit()) or int(last) < int(first):
             raise ValueError(f"profile={self.profile!r}: write it as 10-12")
-        return int(first), int(last or first)
+        return int(first), int(last)
 
 
 @settings
@@ -161,10 +166,19 @@ class RunConfig:
                     f"train.seq_len={stage.seq_len} is longer than the {self.model.context} learned positions "
                     "(model.context)"
                 )
+            if stage.rope is not None and not any(spec.attn.rope for spec in self.model.layer_specs):
+                raise ValueError(f"stage {stage.name}: rope would be ignored, since no layer of the model has RoPE")
             known = [source.name for source in self.data.sources]
             for name in stage.weights or {}:
                 if name not in known:
-                    raise ValueError(f"stage {stage.name}: no source {name}; there are {', '.join(known)}")
+                    raise ValueError(f"stage {stage.name}: no source {name}{nearest(name, known)}")
+        if self.train.patience is not None and not self.data.eval_names:
+            raise ValueError(
+                f"train.patience={self.train.patience} would be ignored without held-out text; "
+                "set data.eval_sources or data.heldout"
+            )
+        if (chosen := self.log.profile_steps) and chosen[0] > self.train.total_steps:
+            raise ValueError(f"log.profile={self.log.profile} lies after the last of {self.train.total_steps} steps")
 
 
 #: What may change between two parts of the same run: where and how it is computed and logged, not what.
@@ -182,17 +196,23 @@ def differences(old: dict, new: RunConfig) -> dict[str, tuple]:
 def load_run(source: str | Path | dict, overrides=()) -> tuple[RunConfig, Scale | None]:
     """A run's settings, and the derivation when `model.depth` was given. Raises SettingsError.
 
-    Without `model.vocab` the tokenizer's size is taken, or that of the tokenizer to be trained.
+    `model.depth` in a settings file gives what the file leaves open. As an override it also replaces what the file
+    says of what it derives; the other overrides win over it. Without `model.vocab` the tokenizer's size is taken, or
+    that of the tokenizer to be trained.
     """
     dial = [text for text in overrides if text.startswith("model.depth=")]
     rest = [text for text in overrides if not text.startswith("model.depth=")]
-    raw, where = settings_of.merge(RunConfig, source, rest)
-    model = raw.get("model")
-    depth = dial[-1].partition("=")[2] if dial else model.pop("depth", None) if isinstance(model, dict) else None
-    if isinstance(model, dict) or depth is not None:
-        raw["model"] = model = model if isinstance(model, dict) else {}
-        if "vocab" not in model:
-            model["vocab"] = _vocab(raw.get("data") or {})
+    raw, where = settings_of.merge(RunConfig, source)
+    depth = _take_depth(raw)
+    if dial:
+        depth, raw = dial[-1].partition("=")[2], _without_derived(raw)
+    raw, _ = settings_of.merge(RunConfig, raw, rest)
+    if depth is not None:
+        raw |= {name: raw.get(name) or {} for name in DERIVED}
+        if wrong := [name for name in DERIVED if not isinstance(raw[name], dict)]:
+            raise SettingsError(f"{wrong[0]}={raw[wrong[0]]!r}: model.depth needs `key: value` settings there")
+    if isinstance(model := raw.get("model"), dict) and "vocab" not in model:
+        raw["model"] = model | {"vocab": _vocab(raw.get("data"))}
     scale = None
     if depth is not None:
         raw, scale = _turn_dial(raw, depth)
@@ -201,7 +221,28 @@ def load_run(source: str | Path | dict, overrides=()) -> tuple[RunConfig, Scale 
     return settings_of.parse(RunConfig, raw, where), scale
 
 
-def _vocab(data: dict) -> int:
+#: What the dial derives.
+DERIVED = {"model": ("embed", "layers", "pattern", "prefix", "context"), "train": ("batch", "steps"), "optim": ("lr",)}
+
+
+def _take_depth(raw: dict):
+    """Takes `model.depth`, which is no setting of the model itself, out of the dict."""
+    if not isinstance(raw.get("model"), dict):
+        return None
+    raw["model"] = dict(raw["model"])
+    return raw["model"].pop("depth", None)
+
+
+def _without_derived(raw: dict) -> dict:
+    sections = {name: raw[name] for name in DERIVED if isinstance(raw.get(name), dict)}
+    return raw | {
+        name: {key: value for key, value in section.items() if key not in DERIVED[name]}
+        for name, section in sections.items()
+    }
+
+
+def _vocab(data) -> int:
+    data = data if isinstance(data, dict) else {}
     if data.get("tokenizer"):
         from jaxllm.data.tokenizer import Tokenizer
 
@@ -211,26 +252,38 @@ def _vocab(data: dict) -> int:
 
 def _turn_dial(raw: dict, depth) -> tuple[dict, Scale]:
     """Fills what the depth derives under what is set by hand (which the derivation takes into account)."""
-    if not str(depth).isdigit() or int(depth) < 1:
-        raise SettingsError(f"model.depth={depth}: a whole number of layers, at least 1")
-    raw = copy.deepcopy(raw)
-    model, train, optim = (raw.setdefault(k, {}) for k in ("model", "train", "optim"))
-    seq_len = train.get("seq_len", 512)
-    by_hand: dict[str, Any] = {"embed": model["embed"]} if "embed" in model else {}
+    depth = _number("model.depth", depth, int)
+    model, train, optim = (raw[name] for name in DERIVED)
+    seq_len, vocab = _number("train.seq_len", train.get("seq_len", 512), int), _number("vocab", model["vocab"], int)
+    by_hand: dict[str, Any] = {}
+    if "embed" in model:
+        by_hand["embed"] = _number("model.embed", model["embed"], int)
     if "lr" in optim:
-        by_hand["lr"] = float(optim["lr"])
+        by_hand["lr"] = _number("optim.lr", optim["lr"], float)
     if "batch" in train:
-        by_hand["batch_tokens"] = int(train["batch"]) * seq_len
-    scale = compute_optimal(int(depth), int(model["vocab"]), tied=bool(model.get("tied", False)), **by_hand)
+        by_hand["batch_tokens"] = _number("train.batch", train["batch"], int) * seq_len
+    if "steps" in train:
+        by_hand["steps"] = _number("train.steps", train["steps"], int)
+    scale = compute_optimal(depth, vocab, tied=bool(model.get("tied", False)), **by_hand)
     layer = {
         "attn": {"heads": scale.heads, "kv_heads": scale.kv_heads, "head": scale.head},
         "mlp": {"ffw": scale.ffw},
     }
-    raw["model"] = {"embed": scale.embed, "layers": scale.depth, "pattern": [layer], "context": seq_len} | model
     rows = max(1, round(scale.batch_tokens / seq_len))
-    rows = rows if rows < 8 else 8 * round(rows / 8)  # so that usual meshes divide it
-    raw["train"] = {"batch": rows, "seq_len": seq_len} | train
-    if "stages" not in train and "steps" not in train:
-        raw["train"]["steps"] = -(-scale.tokens // (int(raw["train"]["batch"]) * seq_len))
-    raw["optim"] = {"lr": scale.lr} | optim
-    return raw, scale
+    rows = rows if rows < 8 or "batch" in train else 8 * round(rows / 8)  # so that usual meshes divide it
+    steps = {} if train.get("stages") else {"steps": -(-scale.tokens // (rows * seq_len))}
+    return raw | {
+        "model": {"embed": scale.embed, "layers": depth, "pattern": [layer], "context": seq_len} | model,
+        "train": steps | {"batch": rows, "seq_len": seq_len} | train,
+        "optim": {"lr": scale.lr} | optim,
+    }, scale
+
+
+def _number(name: str, value, kind: type):
+    try:
+        number = kind(value)
+    except (TypeError, ValueError):
+        number = 0
+    if not number > 0:
+        raise SettingsError(f"{name}={value}: must be a {'whole ' * (kind is int)}number above 0")
+    return number

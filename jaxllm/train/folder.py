@@ -9,11 +9,12 @@ summary.json     the result
 from pathlib import Path
 
 import yaml
+from etils import epath
 
 from jaxllm import config as settings_of
 from jaxllm.data.prepare import train_tokenizer
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.errors import CheckpointError
+from jaxllm.errors import CheckpointError, ResourceError
 from jaxllm.train.config import RunConfig, differences
 
 
@@ -23,10 +24,16 @@ class RunFolder:
     def __init__(self, config: RunConfig):
         self.config, self.path = config, Path(config.out or "runs/run")
         self.settings, self.metrics = self.path / "settings.yaml", self.path / "metrics.jsonl"
-        self.checkpoints, self.tokenizer_dir = self.path / "checkpoints", self.path / "tokenizer"
+        self.tokenizer_dir = self.path / "tokenizer"
+        self.checkpoints = epath.Path(config.checkpoint.folder or self.path / "checkpoints")
         self.resumed = self.settings.exists()
         if self.resumed:
             self._check()
+        elif found := [path for path in (self.metrics, self.checkpoints) if path.exists()]:
+            raise CheckpointError(
+                f"{found[0]} is there, but no {self.settings}, so it is not known which run that is; "
+                "choose another folder with out=..., or move it away"
+            )
 
     def _check(self) -> None:
         changes = differences(settings_of.read_yaml(self.settings), self.config)
@@ -55,10 +62,17 @@ class RunFolder:
         return tokenizer
 
     def write_start(self, tokenizer: Tokenizer) -> None:
-        """Writes settings and tokenizer, once everything that a user can get wrong has been checked."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(self.tokenizer_dir)
+        """Writes settings and tokenizer. Raises ResourceError for a folder that cannot be written."""
         text = yaml.safe_dump(settings_of.to_dict(self.config), sort_keys=False)
         temporary = self.settings.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.settings)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(self.tokenizer_dir)
+            if self.config.checkpoint.folder is not None:  # so that the weights can be used without the run folder
+                tokenizer.save(self.checkpoints / "tokenizer")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.settings)
+        except OSError as error:
+            raise ResourceError(
+                f"{self.path} cannot be written ({error.strerror or error}); choose another folder with out=..."
+            ) from None

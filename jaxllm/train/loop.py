@@ -3,6 +3,7 @@
 files -> token stores -> rows by number -> batches -> step -> metrics, evaluations, checkpoints -> run folder
 """
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxllm import config as settings_of
-from jaxllm.checkpoint import Checkpoints, Preemption, load
+from jaxllm.checkpoint import Checkpoints, Preemption, load, read_meta
 from jaxllm.data.loader import Loader
 from jaxllm.data.mixture import mix
 from jaxllm.data.prepare import prepare
@@ -33,6 +34,7 @@ from jaxllm.train.progress import Show
 from jaxllm.train.recorder import Recorder
 from jaxllm.train.runs import write_summary
 from jaxllm.train.step import TrainState, abstract_state, make_state, make_train_step
+from jaxllm.train.trace import Trace
 from jaxllm.train.writers import read_jsonl
 
 
@@ -56,9 +58,11 @@ def train(config: RunConfig, *, quiet: bool = False) -> Result:
 
     Raises UserError for what a user can mend; nothing is written over.
     """
-    show = Show(config.train.total_steps, quiet=quiet)
+    folder = RunFolder(config)
+    join_processes(config.parallel)
+    show = Show(config.train.total_steps, quiet=quiet or jax.process_index() != 0)
     try:
-        return Trainer(config, show).run()
+        return Trainer(config, folder, show).run()
     finally:
         show.close()
 
@@ -66,105 +70,140 @@ def train(config: RunConfig, *, quiet: bool = False) -> Result:
 class Trainer:
     """One run: its parts, made once, and the way through its stages."""
 
-    def __init__(self, config: RunConfig, show: Show):
-        self.config, self.show = config, show
-        self.folder = RunFolder(config)
-        join_processes(config.parallel)
+    def __init__(self, config: RunConfig, folder: RunFolder, show: Show):
+        self.config, self.folder, self.show = config, folder, show
         self.sharding = make_sharding(config.parallel)
         self.stages = config.train.resolved_stages
         for stage in self.stages:
             check_batch(stage, config.train.accumulate, self.sharding)
-        self.tokenizer = self.folder.open_tokenizer(show.say)
-        self.stores = prepare(config.data, self.tokenizer, say=show.say)
-        self.fingerprint = digest(sorted((name, store.fingerprint) for name, store in self.stores.items()))
         self.model = self.model_of(self.stages[0])
         self.tx = make_optimizer(config.optim, config.train.total_steps, self.model.axes)
+        self.options = dict(trainable=config.train.trainable, ema=config.train.ema is not None)
+        self.abstract = abstract_state(self.model, self.tx, **self.options)
+        memory.check_state(self.abstract)
+        self.tokenizer = folder.open_tokenizer(show.say)
+        self.stores = prepare(config.data, self.tokenizer, say=show.say)
+        self.fingerprint = digest(sorted((name, store.fingerprint) for name, store in self.stores.items()))
         self.total, self.active = active_parameters(config.model, self.model.abstract)
         peak = peak_flops(jax.devices()[0].device_kind)
         schedule = make_schedule(config.optim, config.train.total_steps)
         self.recorder = Recorder(config, schedule, show, peak and peak * self.sharding.mesh.size)
-        self.status = "finished"
+        self.trace = Trace(config.log.profile_steps, folder.path / "profile", show.say)
+        self.status, self.opened = "finished", False
 
     def run(self) -> Result:
         """All stages, from the step that was saved last."""
         with Checkpoints(self.folder.checkpoints, self.config.checkpoint) as self.checkpoints:
-            with Preemption() as self.preemption:
+            with Preemption() as self.preemption, self.trace:
                 started, state = time.monotonic(), self.start()
-                self.recorder.open(self.folder.path, int(state.step) if self.folder.resumed else None)
                 for index, stage in enumerate(self.stages):
                     if self.status == "finished" and int(state.step) < self.first_step(index) + stage.steps:
                         state = self.run_stage(state, index)
                 self.recorder.close()
-            self.checkpoints.wait()
+                self.checkpoints.wait()
             return self.finish(state, time.monotonic() - started)
 
     def start(self) -> TrainState:
-        """The saved state, or a new one. All that can be wrong is found here, before anything is written."""
-        options = dict(trainable=self.config.train.trainable, ema=self.config.train.ema is not None)
-        abstract = abstract_state(self.model, self.tx, **options)
-        memory.check_state(abstract)
-        restored = self.checkpoints.restore(abstract) if self.folder.resumed else None
+        """The saved state, or a new one; nothing is written yet."""
+        restored = self.checkpoints.restore(self.abstract) if self.folder.resumed else None
         if restored is not None:
             self.check_meta(restored.meta)
-            self.recorder.best, self.recorder.since_best = restored.meta["best"], restored.meta["since_best"]
+            self.model = self.model_of(self.stages[restored.meta["position"]["stage"]])
+            if self.recorder.resume(restored.meta["best"], restored.meta["since_best"]):
+                self.status = "stopped early"
             self.show.say(f"resumed {self.folder.path} at step {restored.step}")
             return restored.state
-        self.checkpoints.check_space(abstract)
+        if self.folder.resumed:
+            self.show.say(f"{self.folder.path} has no checkpoint yet: starting at step 0")
+        self.checkpoints.check_space(self.abstract)
+        key = jax.random.key(self.config.train.seed)
+        return make_state(self.model, self.tx, key, params=self.first_weights(), **self.options)
+
+    def first_weights(self) -> Params | None:
+        """Those of `train.init`. Raises CheckpointError when they know another tokenizer."""
         init = self.config.train.init
-        params = load(init, self.model.abstract).state if init is not None else None
-        state = make_state(self.model, self.tx, jax.random.key(self.config.train.seed), params=params, **options)
-        self.folder.write_start(self.tokenizer)
-        return state
+        if init is None:
+            return None
+        _, meta = read_meta(init)
+        if meta["tokenizer"] != self.tokenizer.hash:
+            raise CheckpointError(
+                f"train.init={init} was trained with another tokenizer (hash {meta['tokenizer'][:12]}, here "
+                f"{self.tokenizer.hash[:12]}); set data.tokenizer to the folder tokenizer/ of that run"
+            )
+        return load(init, self.model.abstract).state
+
+    def open(self, state: TrainState) -> None:
+        """Writes into the run folder for the first time: all that a user can get wrong has been found by now."""
+        if self.opened or jax.process_index() != 0:
+            return
+        if not self.folder.resumed:
+            self.folder.write_start(self.tokenizer)
+        self.recorder.open(self.folder.path, int(state.step) if self.folder.resumed else None)
+        self.opened = True
 
     def run_stage(self, state: TrainState, index: int) -> TrainState:
         """Trains to the end of a stage, or to where the run is to stop."""
-        stage, config = self.stages[index], self.config.train
-        end = self.first_step(index) + stage.steps
-        model = self.model = self.model_of(stage)
-        loader = self.loader(index, done=int(state.step) - self.first_step(index))
-        batch = model.sharding.batch(next(loader))
-        step_fn = make_train_step(
-            model,
-            lambda *args: lm(*args, z_loss=config.z_loss),
-            self.tx,
-            trainable=config.trainable,
-            accumulate=config.accumulate,
-            ema=config.ema,
-        )
-        step_fn = step_fn.lower(state, batch).compile()
-        memory.check_step(step_fn)
-        evaluator, flops = self.evaluator(model, stage), self.flops_per_token(stage)
-        tokens = stage.batch * stage.seq_len
-        self.show.say(self.headline(stage))
-        self.recorder.meter.skip()
-        for step in range(int(state.step) + 1, end + 1):
-            self.profile(step)
-            state, metrics = step_fn(state, batch)
-            if step < end:
-                batch = model.sharding.batch(next(loader))  # made while the step runs
-            self.recorder.push(step, metrics, tokens=tokens, flops=flops * tokens, tokens_in_all=self.tokens_at(step))
-            if self.preemption.reached(step):
-                self.status = "preempted"
-            last = step == config.total_steps
-            loss = None
-            if evaluator and self.status == "finished" and (last or step % config.eval_every == 0):
-                self.recorder.flush()
-                found = evaluator(state.params, rows=None if last else config.eval_rows)
-                loss = found["heldout_loss"]
-                if self.recorder.evaluated(step, self.tokens_at(step), found) and not last:
-                    self.status = "stopped early"
-            if last or self.status != "finished" or step % self.config.checkpoint.every == 0:
-                self.recorder.flush()
-                self.checkpoints.save(step, state, self.meta(step), loss=loss)
-                self.recorder.meter.skip()
-            if self.status != "finished":
-                break
-        loader.close()
+        stage = self.stages[index]
+        self.model = self.model_of(stage)
+        end, tokens = self.first_step(index) + stage.steps, stage.batch * stage.seq_len
+        with contextlib.closing(self.loader(index, done=int(state.step) - self.first_step(index))) as loader:
+            batch = self.model.sharding.batch(next(loader))
+            step_fn = self.compile(state, batch)
+            evaluator, flops = self.evaluator(stage), self.flops_per_token(stage)
+            self.open(state)
+            self.show.say(self.headline(stage))
+            self.recorder.meter.skip()
+            for step in range(int(state.step) + 1, end + 1):
+                self.trace.before(step)
+                state, metrics = step_fn(state, batch)
+                if step < end:
+                    batch = self.model.sharding.batch(next(loader))  # made while the step runs
+                self.recorder.push(
+                    step, metrics, tokens=tokens, flops=flops * tokens, tokens_in_all=self.tokens_at(step)
+                )
+                self.trace.after(step, metrics)
+                self.after(step, state, evaluator)
+                if self.status != "finished":
+                    break
         return state
 
+    def compile(self, state: TrainState, batch):
+        """The training step of the current stage. Raises ResourceError when it needs too much memory."""
+        step_fn = make_train_step(
+            self.model,
+            lambda *args: lm(*args, z_loss=self.config.train.z_loss),
+            self.tx,
+            trainable=self.config.train.trainable,
+            accumulate=self.config.train.accumulate,
+            ema=self.config.train.ema,
+        )
+        compiled = step_fn.lower(state, batch).compile()
+        memory.check_step(compiled)
+        return compiled
+
+    def after(self, step: int, state: TrainState, evaluator: Evaluator | None) -> None:
+        """What may follow a step: an evaluation, a checkpoint, the end.
+
+        A preempted run has seconds left and leaves out an evaluation that falls on this very step; the last step
+        is finished in any case.
+        """
+        config, last, loss = self.config.train, step == self.config.train.total_steps, None
+        if not last and self.preemption.reached(step):
+            self.status = "preempted"
+        elif evaluator and (last or step % config.eval_every == 0):
+            self.recorder.flush()
+            found = evaluator(state.params, rows=None if last else config.eval_rows)
+            loss = found["heldout_loss"]
+            if self.recorder.evaluated(step, self.tokens_at(step), found) and not last:
+                self.status = "stopped early"
+        if last or self.status != "finished" or step % self.config.checkpoint.every == 0:
+            self.recorder.flush()
+            self.checkpoints.save(step, state, self.meta(step), loss=loss)
+            self.recorder.meter.skip()
+
     def model_of(self, stage: Stage) -> Model:
-        """The model of a stage: the same weights, perhaps another RoPE."""
-        config = self.config.model
+        """The model of a stage: the same weights, perhaps another RoPE and a longer context."""
+        config = dataclasses.replace(self.config.model, context=max(self.config.model.context, stage.seq_len))
         if stage.rope is not None:
             config = with_rope(config, **settings_of.to_dict(stage.rope))
         return build(config, self.sharding, self.config.kernels)
@@ -182,10 +221,10 @@ class Trainer:
         where = dict(process=jax.process_index(), processes=jax.process_count())
         return Loader(stream, stage.batch, start=done * stage.batch, prefetch=data.prefetch, **where)
 
-    def evaluator(self, model: Model, stage: Stage) -> Evaluator | None:
+    def evaluator(self, stage: Stage) -> Evaluator | None:
         stores = {name: self.stores[name] for name in self.config.data.eval_names}
         rows = stage.batch // self.config.train.accumulate
-        return Evaluator(model, stores, seq_len=stage.seq_len, batch=rows) if stores else None
+        return Evaluator(self.model, stores, seq_len=stage.seq_len, batch=rows) if stores else None
 
     def meta(self, step: int) -> dict[str, Any]:
         """What a checkpoint says beside its arrays."""
@@ -193,6 +232,7 @@ class Trainer:
         row = (step - self.first_step(stage)) * self.stages[stage].batch
         return {
             "settings": settings_of.to_dict(self.config),
+            "model": settings_of.to_dict(self.model.config),
             "position": {"stage": stage, "row": row},
             "tokenizer": self.tokenizer.hash,
             "data": self.fingerprint,
@@ -241,15 +281,6 @@ class Trainer:
             f"{stage.batch * stage.seq_len:,} tokens{split}"
         )
 
-    def profile(self, step: int) -> None:
-        """Starts and stops the profiler trace around the chosen steps."""
-        chosen = self.config.log.profile_steps
-        if chosen and step == chosen[0]:
-            jax.profiler.start_trace(str(self.folder.path / "profile"))
-        if chosen and step == chosen[1] + 1:
-            jax.profiler.stop_trace()
-            self.show.say(f"profiler trace of steps {self.config.log.profile} in {self.folder.path / 'profile'}")
-
     def finish(self, state: TrainState, seconds: float) -> Result:
         """Summary, loss curve and run card."""
         step, speed = int(state.step), self.recorder.meter.mean()
@@ -287,6 +318,11 @@ class Trainer:
 def check_batch(stage: Stage, accumulate: int, sharding: Sharding) -> None:
     """Raises SettingsError when a microbatch does not divide over the devices that split the rows."""
     rows, ways = stage.batch // accumulate, sharding.batch_size
+    if ways % jax.process_count():
+        raise SettingsError(
+            f"{jax.process_count()} processes read rows of their own, but the mesh splits rows {ways} ways "
+            f"(data x fsdp x expert); make parallel.data or parallel.fsdp a multiple of {jax.process_count()}"
+        )
     if rows % ways:
         below = max(ways, rows // ways * ways) * accumulate
         raise SettingsError(

@@ -1,12 +1,14 @@
 """What becomes of metrics: files, the progress bar, the speed, and whether the run should stop."""
 
+import importlib.util
+import math
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jaxllm import config as settings_of
-from jaxllm.errors import UserError
+from jaxllm.errors import MissingExtra, UserError
 from jaxllm.train.config import RunConfig
 from jaxllm.train.metrics import Lagged, Meter
 from jaxllm.train.progress import Show
@@ -21,8 +23,11 @@ class Recorder:
     """Takes each step's metrics and each evaluation; reads a step's metrics only after the next is dispatched."""
 
     def __init__(self, config: RunConfig, schedule, show: Show, peak: float | None):
-        """`peak`: FLOP/s of all devices together, None if unknown."""
+        """`peak`: FLOP/s of all devices together, None if unknown. Raises MissingExtra."""
         self.config, self.show, self.steps = config, show, config.train.total_steps
+        for wanted, package in ((config.log.tensorboard, "tensorboard"), (config.log.wandb, "wandb")):
+            if wanted and importlib.util.find_spec(package) is None:
+                raise MissingExtra(f"log.{package}", package, package)
         # On the host, all at once: asking the device for one rate would wait for the step it is computing.
         self.rates = np.asarray(jax.vmap(schedule)(np.arange(self.steps)))
         self.lagged, self.meter = Lagged(), Meter(self.steps, peak)
@@ -31,9 +36,7 @@ class Recorder:
         self.writers: list[Writer] = []
 
     def open(self, folder: Path, resumed_at: int | None) -> None:
-        """Opens the metrics files, in the first process; lines after the resumed step are computed again."""
-        if jax.process_index() != 0:
-            return
+        """Opens the metrics files; lines after the resumed step are computed again. Only the first process writes."""
         self.writers = [JsonlWriter(folder / "metrics.jsonl", resumed_at)]
         if self.config.log.tensorboard:
             self.writers.append(TensorBoardWriter(folder / "tensorboard"))
@@ -52,6 +55,11 @@ class Recorder:
         """Waits for the last step and records it."""
         self._record(self.lagged.flush())
 
+    def resume(self, best: float | None, since_best: int) -> bool:
+        """Takes what the checkpoint knows of evaluations; True when the run had stopped early."""
+        self.best, self.since_best = best, since_best
+        return self._out_of_patience()
+
     def evaluated(self, step: int, tokens: int, found: dict[str, float]) -> bool:
         """Takes a held-out evaluation; True when the run should stop early."""
         self.meter.skip()
@@ -59,14 +67,17 @@ class Recorder:
         self.show.say(
             f"step {step}: held-out loss {found['heldout_loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte"
         )
-        if self.best is None or found["heldout_loss"] < self.best:
-            self.best, self.since_best = found["heldout_loss"], 0
+        loss = found["heldout_loss"]
+        if loss < (math.inf if self.best is None else self.best):
+            self.best, self.since_best = loss, 0
             return False
         self.since_best += 1
-        if self.config.train.patience is None or self.since_best < self.config.train.patience:
-            return False
-        self.show.say(f"no lower held-out loss in {self.since_best} evaluations: stopping early")
-        return True
+        if self._out_of_patience():
+            self.show.say(f"no lower held-out loss in {self.since_best} evaluations: stopping early")
+        return self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        return self.config.train.patience is not None and self.since_best >= self.config.train.patience
 
     def _record(self, lagged: tuple[int, dict[str, float]] | None) -> None:
         if lagged is None:
@@ -82,8 +93,8 @@ class Recorder:
         if metrics["skipped_in_row"] >= self.config.train.max_skipped:
             raise TrainingStopped(
                 f"step {step}: the gradient was not finite in {metrics['skipped_in_row']:.0f} steps in a row "
-                f"(train.max_skipped); the weights are those of step {step - metrics['skipped_in_row']:.0f}. "
-                "Lower optim.lr, or look at the data with `jaxllm data inspect`"
+                f"(train.max_skipped); the weights have not changed since step {step - metrics['skipped_in_row']:.0f}. "
+                "Lower optim.lr in another run folder, or look at the data with `jaxllm data inspect`"
             )
 
     def _write(self, step: int, row: dict[str, float]) -> None:

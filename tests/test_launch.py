@@ -1,0 +1,91 @@
+"""The launcher starts the same command once more, only where that helps, and keeps what the user has set."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxllm import launch
+
+CHILD = """
+import os, sys
+from jaxllm import launch
+launch._pages_on_request = launch._on_cpu = lambda *_: True
+launch._glibc = lambda: (2, 39)
+launch.relaunch(sys.argv[1:])
+names = ("JAXLLM_LAUNCH", "GLIBC_TUNABLES", "XLA_FLAGS")
+print(*(os.environ.get(name) for name in names), sys.argv[1:], "jax" in sys.modules)
+"""
+
+
+@pytest.fixture
+def linux(monkeypatch, tmp_path):
+    """A machine on which huge pages help; returns the file that says how the kernel gives them."""
+    enabled = tmp_path / "enabled"
+    enabled.write_text("always [madvise] never\n")
+    monkeypatch.setattr(launch, "THP", enabled)
+    monkeypatch.setattr(launch, "ACCELERATORS", ())
+    monkeypatch.setattr(launch.platform, "libc_ver", lambda: ("glibc", "2.39"))
+    return enabled
+
+
+def start(tmp_path, *argv, **environ):
+    """Output lines and log lines of a command that calls the launcher first."""
+    script = tmp_path / "command.py"
+    script.write_text(CHILD)
+    clean = {k: v for k, v in os.environ.items() if k not in (launch.SWITCH, launch.TUNABLES, "XLA_FLAGS")}
+    command = [sys.executable, script, *argv]
+    done = subprocess.run(command, env=clean | environ, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.splitlines(), done.stderr.splitlines()
+
+
+def test_the_same_command_starts_once_more_before_jax_loads(tmp_path):
+    out, log = start(tmp_path, "train", "a b.yaml", "optim.lr=1")
+    assert out == ["1 glibc.malloc.hugetlb=1 None ['train', 'a b.yaml', 'optim.lr=1'] False"]
+    assert len(log) == 1 and "JAXLLM_LAUNCH=0" in log[0]
+
+
+def test_the_switch_and_ones_own_choice_of_pages_are_silent(tmp_path):
+    assert start(tmp_path, JAXLLM_LAUNCH="0") == (["0 None None [] False"], [])
+    tunables = "glibc.malloc.hugetlb=2"
+    assert start(tmp_path, GLIBC_TUNABLES=tunables) == ([f"None {tunables} None [] False"], [])
+
+
+def test_other_variables_are_kept(tmp_path):
+    out, _ = start(tmp_path, GLIBC_TUNABLES="glibc.malloc.arena_max=1", XLA_FLAGS="--xla_dump_to=x")
+    assert out == ["1 glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1 --xla_dump_to=x [] False"]
+
+
+def test_a_program_that_calls_the_command_line_is_not_replaced(linux, monkeypatch):
+    monkeypatch.delenv(launch.SWITCH, raising=False)
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("replaced"))
+    launch.relaunch(["train", "not what this process was started with"])
+
+
+def test_wanted_where_it_helps(linux):
+    assert launch.wanted({})
+    assert launch.wanted({"JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.parametrize("mode", ["[always] madvise never", "always madvise [never]"])
+def test_not_where_the_kernel_does_not_wait_to_be_asked(linux, mode):
+    linux.write_text(mode)
+    assert not launch.wanted({})
+    linux.unlink()
+    assert not launch.wanted({})
+
+
+@pytest.mark.parametrize("libc", [("", ""), ("musl", "1.2.5"), ("glibc", "2.34")])
+def test_not_without_a_glibc_that_knows_the_tunable(linux, monkeypatch, libc):
+    monkeypatch.setattr(launch.platform, "libc_ver", lambda: libc)
+    assert not launch.wanted({})
+
+
+def test_not_on_an_accelerator_unless_the_user_says_cpu(linux, monkeypatch, tmp_path):
+    device = tmp_path / "nvidia0"
+    device.touch()
+    monkeypatch.setattr(launch, "ACCELERATORS", (str(device),))
+    assert not launch.wanted({})
+    assert not launch.wanted({"JAX_PLATFORMS": "tpu"})
+    assert launch.wanted({"JAX_PLATFORMS": "cpu"})

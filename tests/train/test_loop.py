@@ -1,0 +1,316 @@
+"""Whole runs: the folder they leave, exact resumption, stages, early stopping, what stops them."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from jaxllm import api, checkpoint, tree
+from jaxllm.checkpoint import Checkpoints, Preemption
+from jaxllm.config import parse
+from jaxllm.errors import CheckpointError, SettingsError, UserError
+from jaxllm.sharding import ParallelConfig, make_sharding
+from jaxllm.train import loop
+from jaxllm.train.config import RunConfig, load_run
+from jaxllm.train.evaluate import Evaluator
+
+
+def train(*args, **changes):
+    return api.train(small.settings(*args, **changes), quiet=True)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """`stop_at(k)`: the next run gets a real SIGTERM after step k."""
+    reached = Preemption.reached
+
+    def stop(k):
+        def signalled(self, step):
+            if step == k and threading.current_thread() is threading.main_thread():
+                os.kill(os.getpid(), signal.SIGTERM)
+                monkeypatch.setattr(Preemption, "reached", reached)
+            return reached(self, step)
+
+        monkeypatch.setattr(Preemption, "reached", signalled)
+
+    return stop
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_folder(finished):
+    out = finished.folder
+    assert finished.status == "finished" and finished.saved
+    assert {path.name for path in out.iterdir()} == {
+        "settings.yaml", "metrics.jsonl", "checkpoints", "loss.png", "card.md", "summary.json", "tokenizer"
+    }  # fmt: skip
+    steps = [row for row in rows(out) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert [row["tokens"] for row in steps] == [256 * n for n in range(1, 9)]
+    heldout = [row for row in rows(out) if "heldout_loss" in row]
+    assert [row["step"] for row in heldout] == [4, 8]
+    assert {"heldout_loss/code-heldout", "bits_per_byte/prose-heldout"} < set(heldout[-1])
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["3", "6", "8"]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 8 and summary["tokens"] == 2048
+    assert summary["heldout_loss"] == heldout[-1]["heldout_loss"]
+    assert summary["params"] == tree.count(finished.params)
+
+
+def test_the_saved_settings_are_the_run(finished, corpus):
+    config, _ = load_run(finished.folder / "settings.yaml")
+    assert config == load_run(small.settings(corpus, finished.folder))[0]
+
+
+def test_the_card_tells_a_reader_what_was_run(finished):
+    card = (finished.folder / "card.md").read_text()
+    for word in ("optim.lr", "0.01", "fingerprint", "jax", "parameters", "documents"):
+        assert word in card, word
+
+
+def test_the_checkpoint_holds_what_the_run_ended_with(finished):
+    restored = checkpoint.load(finished.folder)
+    assert restored.step == 8
+    assert small.bits(tree.flatten(restored.state)) == small.bits(tree.flatten(finished.params))
+    assert restored.meta["position"] == {"stage": 0, "row": 64}
+    assert parse(RunConfig, restored.meta["settings"]) == load_run(finished.folder / "settings.yaml")[0]
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(finished, corpus, tmp_path):
+    before = (finished.folder / "metrics.jsonl").read_bytes()
+    again = train(corpus, finished.folder)
+    assert again.status == "finished"
+    assert (finished.folder / "metrics.jsonl").read_bytes() == before
+    assert small.bits(tree.flatten(again.params)) == small.bits(tree.flatten(finished.params))
+
+
+STAGES = [
+    {"name": "first", "steps": 3},
+    {"name": "longer", "steps": 5, "weights": {"prose": 1.0}, "seq_len": 128,
+     "rope": {"scaling": "linear", "factor": 2.0}},
+]  # fmt: skip
+VARIANTS = {
+    "moe, ema, dropout, microbatches": {
+        "model": small.MOE | {"dropout": 0.1},
+        "train__ema": 0.9,
+        "train__batch": 16,
+        "train__accumulate": 2,
+    },
+    "stages": {"train": {"stages": STAGES, "seq_len": 32, "batch": 8, "eval_every": 4}},
+}
+
+
+@pytest.mark.parametrize(
+    "variant, stop", [("moe, ema, dropout, microbatches", 5), ("stages", 2), ("stages", 3), ("stages", 5)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant, stop, corpus, tmp_path, whole_runs, stop_at):
+    whole = whole_runs(variant)
+    stop_at(stop)
+    first = train(corpus, tmp_path / "run", **VARIANTS[variant])
+    assert first.status == "preempted" and first.summary["steps"] == stop
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "preempted"
+    second = train(corpus, tmp_path / "run", **VARIANTS[variant])
+    assert second.status == "finished"
+    assert small.losses(tmp_path / "run") == small.losses(whole)
+    assert small.bits(small.saved(tmp_path / "run", 8)) == small.bits(small.saved(whole, 8))
+
+
+@pytest.fixture(scope="module")
+def whole_runs(corpus, tmp_path_factory):
+    """`whole_runs(variant)`: the folder of the uninterrupted run, made once."""
+    made = {}
+
+    def whole(variant):
+        if variant not in made:
+            made[variant] = tmp_path_factory.mktemp("whole") / "run"
+            assert train(corpus, made[variant], **VARIANTS[variant]).status == "finished"
+        return made[variant]
+
+    return whole
+
+
+def test_router_biases_moved_and_weights_were_averaged(whole_runs):
+    """Without this the comparison above could hold for runs in which neither took part."""
+    found = small.saved(whole_runs("moe, ema, dropout, microbatches"))
+    assert any(path.endswith("moe/bias") and np.any(x) for path, x in found.items() if path.startswith("params/"))
+    averaged = {path.removeprefix("extra/ema/"): x for path, x in found.items() if path.startswith("extra/ema/")}
+    assert averaged and all(np.any(x != found[f"params/{path}"]) for path, x in averaged.items() if x.size > 64)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_the_run_still_ends_bit_equal(
+    finished, corpus, tmp_path, stop_at, caplog
+):
+    stop_at(7)
+    train(corpus, tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/7"
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    train(corpus, tmp_path / "run")
+    assert any("7 is damaged" in message and "resuming from 6" in message for message in caplog.messages)
+    assert (tmp_path / "run/checkpoints/7.corrupt").is_dir()
+    assert small.losses(tmp_path / "run") == small.losses(finished.folder)
+    assert small.bits(small.saved(tmp_path / "run", 8)) == small.bits(small.saved(finished.folder, 8))
+
+
+def test_another_mesh_restores_the_same_bits_and_goes_on(finished, corpus, tmp_path, stop_at, monkeypatch):
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    loaded = api.load(finished.folder, parallel=ParallelConfig(**mesh))
+    assert small.bits(tree.flatten(loaded.params)) == small.bits(tree.flatten(finished.params))
+    stop_at(3)
+    train(corpus, tmp_path / "run")
+    at_restore, restore = [], Checkpoints.restore
+    monkeypatch.setattr(Checkpoints, "restore", lambda *args: at_restore.append(restore(*args)) or _copy(at_restore))
+    train(corpus, tmp_path / "run", parallel=mesh)
+    assert small.bits(at_restore[0]) == small.bits(
+        {p: x for p, x in small.saved(tmp_path / "run", 3).items() if p.startswith("params/")}
+    )
+    ends = [[float.fromhex(x) for x in small.losses(out).values()] for out in (tmp_path / "run", finished.folder)]
+    np.testing.assert_allclose(*ends, rtol=1e-4)
+
+
+def _copy(found):
+    """The state is donated to the first step, so its weights are read before."""
+    restored, found[:] = (
+        found[0],
+        [{f"params/{p}": np.asarray(x) for p, x in tree.flatten(found[0].state.params).items()}],
+    )
+    return restored
+
+
+def test_stages_change_length_rope_and_context(whole_runs):
+    whole = whole_runs("stages")
+    found = rows(whole)
+    assert [row["tokens"] for row in found if "loss" in row] == [256, 512, 768, *(768 + 1024 * n for n in range(1, 6))]
+    positions = {step: checkpoint.read_meta(whole, step)[1]["position"] for step in (3, 6, 8)}
+    assert positions == {3: {"stage": 0, "row": 24}, 6: {"stage": 1, "row": 24}, 8: {"stage": 1, "row": 40}}
+    before, after = api.load(whole, step=3).model.config, api.load(whole).model.config
+    assert before.pattern[0].attn.rope.scaling == "none" and before.context == 64
+    assert after.pattern[0].attn.rope.scaling == "linear" and after.pattern[0].attn.rope.factor == 2.0
+    assert after.context == 128, "the model is now meant for what it was trained on"
+
+
+def test_a_stage_reads_only_its_sources(corpus, tmp_path):
+    """Seen from the rows themselves: prose has no parenthesis."""
+    config, _ = load_run(small.settings(corpus, tmp_path / "run", **VARIANTS["stages"]))
+    trainer = loop.Trainer(config, loop.RunFolder(config), loop.Show(8, quiet=True))
+    texts = []
+    for index in (0, 1):
+        loader = trainer.loader(index, done=0)
+        batch = next(loader)
+        loader.close()
+        texts.append(trainer.tokenizer.decode(batch.tokens_BT.ravel()))
+    assert "(" in texts[0] and "(" not in texts[1]
+    assert batch.tokens_BT.shape == (8, 128)
+
+
+@pytest.fixture
+def heldout(monkeypatch):
+    """`heldout([3.0, 2.0])`: the evaluations of the next run find these losses, then infinity."""
+
+    def find(values):
+        values = iter(values)
+
+        def call(self, params, **_):
+            loss = next(values, math.inf)
+            return {"heldout_loss": loss, "perplexity": 1.0, "bits_per_byte": 1.0}
+
+        monkeypatch.setattr(Evaluator, "__call__", call)
+
+    return find
+
+
+def test_early_stopping_by_patience_keeps_the_best_and_stays_stopped(corpus, tmp_path, heldout):
+    changes = {"train__eval_every": 1, "train__patience": 2, "checkpoint": {"every": 1, "keep": 1}}
+    heldout([3.0, 2.0, 2.5, 2.6, 1.0])
+    result = train(corpus, tmp_path / "run", **changes)
+    assert result.status == "stopped early" and result.summary["steps"] == 4
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["2", "4"]
+    assert train(corpus, tmp_path / "run", **changes).summary["steps"] == 4
+    assert list(small.losses(tmp_path / "run")) == [1, 2, 3, 4]
+    heldout([1.9])
+    result = train(corpus, tmp_path / "run", **changes | {"train__patience": 3})
+    assert result.summary["steps"] == 8, "one better evaluation starts the count again: 1.9, then three worse"
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["5", "8"]
+
+
+def test_too_many_non_finite_gradients_stop_the_run(corpus, tmp_path, monkeypatch):
+    make_state = loop.make_state
+
+    def poisoned(*args, **options):
+        state = make_state(*args, **options)
+        return dataclasses.replace(state, params=jax.tree.map(lambda x: x * np.nan, state.params))
+
+    monkeypatch.setattr(loop, "make_state", poisoned)
+    with pytest.raises(UserError, match=r"step 3: the gradient was not finite in 3 steps in a row .*since step 0\."):
+        train(corpus, tmp_path / "run", train__max_skipped=3)
+    found = rows(tmp_path / "run")
+    assert [row["skipped"] for row in found] == [1, 2, 3] and found[0]["loss"] is None
+
+
+def test_init_and_trainable(finished, corpus, tmp_path):
+    out, pattern = tmp_path / "run", "**/attn/**"
+    result = train(corpus, out, train__init=str(finished.folder), train__trainable=pattern, train__steps=3)
+    old, new = tree.flatten(finished.params), tree.flatten(result.params)
+    moved = {path for path in old if np.asarray(old[path]).tobytes() != np.asarray(new[path]).tobytes()}
+    assert moved == {path for path in old if tree.matches(pattern, path)} != set()
+    first = float.fromhex(small.losses(out)[1])
+    assert first < float.fromhex(small.losses(finished.folder)[2]), "it starts where the other run ended"
+
+
+def test_init_from_a_run_with_another_tokenizer_is_refused(finished, corpus, tmp_path):
+    changes = {"data__tokenizer": None, "data__vocab": 399, "train__init": str(finished.folder)}
+    with pytest.raises(CheckpointError, match="another tokenizer .*data.tokenizer"):
+        train(corpus, tmp_path / "run", **changes, model=small.MODEL | {"vocab": 400})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_profiler_trace_of_chosen_steps(corpus, tmp_path, stop_at):
+    train(corpus, tmp_path / "last", log={"profile": "8"})
+    assert list((tmp_path / "last/profile").rglob("*.xplane.pb")), "a trace that ends with the run"
+    stop_at(2)
+    train(corpus, tmp_path / "cut", log={"profile": "2-3"})
+    train(corpus, tmp_path / "cut", log={"profile": "2-3"})
+    assert len(list((tmp_path / "cut/profile").rglob("*.xplane.pb"))) == 2, "both parts of a trace that was cut"
+
+
+def test_a_signal_at_the_last_step_still_ends_the_run(corpus, tmp_path, stop_at):
+    stop_at(8)
+    result = train(corpus, tmp_path / "run")
+    assert result.status == "finished" and "heldout_loss" in result.summary
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, corpus, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Trainer, "after", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(corpus, tmp_path / "run")
+    monkeypatch.undo()
+    assert (tmp_path / "run/settings.yaml").exists()
+    train(corpus, tmp_path / "run")
+    assert small.losses(tmp_path / "run") == small.losses(finished.folder)
+
+
+def test_processes_that_would_share_rows_are_refused(corpus, tmp_path, monkeypatch):
+    """Each reads rows of its own, so a mesh that gives two of them the same rows would mix them up in silence."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(SettingsError, match="2 processes read rows of their own, but the mesh splits rows 1 ways"):
+        loop.check_batch(
+            load_run(small.settings(corpus, tmp_path))[0].train.resolved_stages[0],
+            accumulate=1,
+            sharding=make_sharding(ParallelConfig(fsdp=1, context=8)),
+        )

@@ -1,0 +1,93 @@
+"""What becomes of metrics: lines one step late, the rate that was used, patience, the stop after bad gradients."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+import small
+
+from jaxllm.optim.schedules import make_schedule
+from jaxllm.train.config import load_run
+from jaxllm.train.progress import Show
+from jaxllm.train.recorder import Recorder, TrainingStopped
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def make(corpus, tmp_path):
+    def make(**changes):
+        config, _ = load_run(small.settings(corpus, tmp_path, **changes))
+        recorder = Recorder(config, make_schedule(config.optim, config.train.total_steps), Show(8, quiet=True), None)
+        recorder.open(tmp_path, None)
+        return recorder
+
+    return make
+
+
+def push(recorder, step, skipped=0, in_row=0):
+    metrics = {"loss": jnp.float32(9 - step), "skipped": jnp.int32(skipped), "skipped_in_row": jnp.int32(in_row)}
+    recorder.push(step, metrics, tokens=256, flops=1.0, tokens_in_all=256 * step)
+
+
+def rows(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_step_is_written_when_the_next_one_is_dispatched(make, tmp_path):
+    recorder = make()
+    push(recorder, 1)
+    assert rows(tmp_path) == []
+    push(recorder, 2)
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+    recorder.flush()
+    assert [(row["step"], row["tokens"], row["loss"]) for row in rows(tmp_path)] == [(1, 256, 8.0), (2, 512, 7.0)]
+
+
+def test_every_nth_step_and_all_evaluations_are_written(make, tmp_path):
+    recorder = make(log={"every": 3})
+    for step in range(1, 8):
+        push(recorder, step)
+    recorder.flush()
+    recorder.evaluated(7, 7 * 256, {"heldout_loss": 2.0, "bits_per_byte": 1.0})
+    assert [row["step"] for row in rows(tmp_path)] == [3, 6, 7]
+
+
+def test_the_learning_rate_is_the_one_the_step_used(make, tmp_path):
+    """A skipped step does not advance the schedule."""
+    recorder = make(optim={"lr": 1.0, "schedule": {"name": "linear", "warmup": 3}})
+    for step, skipped in ((1, 0), (2, 1), (3, 1), (4, 1)):
+        push(recorder, step, skipped)
+    recorder.flush()
+    rates = [row["lr"] for row in rows(tmp_path)]
+    assert rates == pytest.approx([0.25, 0.25, 0.5, 0.75])
+
+
+def test_patience_counts_evaluations_since_the_best(make):
+    recorder = make(train__patience=2)
+    stops = [
+        recorder.evaluated(n, n, {"heldout_loss": x, "bits_per_byte": 1.0}) for n, x in enumerate([3, 2, 2, 1.9, 2, 2])
+    ]
+    assert stops == [False, False, False, False, False, True]
+    assert recorder.best == 1.9
+    assert make(train__patience=2).resume(1.9, 2) and not make(train__patience=3).resume(1.9, 2)
+    assert not make().resume(1.9, 100)
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(make):
+    recorder = make(train__patience=2)
+    assert not recorder.evaluated(1, 1, {"heldout_loss": float("nan"), "bits_per_byte": 1.0})
+    assert not recorder.evaluated(2, 2, {"heldout_loss": 3.0, "bits_per_byte": 1.0})
+    assert recorder.best == 3.0
+
+
+def test_too_many_skipped_steps_stop_the_run_after_they_are_written(make, tmp_path):
+    recorder = make(train__max_skipped=2)
+    push(recorder, 1)
+    push(recorder, 2, skipped=1, in_row=1)
+    push(recorder, 3, skipped=2, in_row=2)
+    with pytest.raises(
+        TrainingStopped, match=r"step 3: .* 2 steps in a row .*max_skipped.* since step 1\. Lower optim.lr"
+    ):
+        recorder.flush()
+    assert rows(tmp_path)[-1]["skipped"] == 2
