@@ -12,6 +12,8 @@ import yaml
 from etils import epath
 
 from jaxllm import config as settings_of
+from jaxllm.checkpoint import read_meta
+from jaxllm.checkpoint.reader import steps_in
 from jaxllm.data.prepare import train_tokenizer
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import CheckpointError, ResourceError
@@ -26,17 +28,26 @@ class RunFolder:
         self.settings, self.metrics = self.path / "settings.yaml", self.path / "metrics.jsonl"
         self.tokenizer_dir = self.path / "tokenizer"
         self.checkpoints = epath.Path(config.checkpoint.folder or self.path / "checkpoints")
-        self.resumed = self.settings.exists()
-        if self.resumed:
-            self._check()
+        saved = self._saved()
+        self.resumed = saved is not None
+        if saved is not None:
+            self._check(saved)
         elif found := [path for path in (self.metrics, self.checkpoints) if path.exists()]:
             raise CheckpointError(
                 f"{found[0]} is there, but no {self.settings}, so it is not known which run that is; "
                 "choose another folder with out=..., or move it away"
             )
 
-    def _check(self) -> None:
-        changes = differences(settings_of.read_yaml(self.settings), self.config)
+    def _saved(self) -> dict | None:
+        """The settings of the run that is here; on a new disk, those in a checkpoint folder elsewhere."""
+        if self.settings.exists():
+            return settings_of.read_yaml(self.settings)
+        if self.config.checkpoint.folder is not None and steps_in(self.checkpoints):
+            return read_meta(self.checkpoints)[1]["settings"]
+        return None
+
+    def _check(self, saved: dict) -> None:
+        changes = differences(saved, self.config)
         if changes:
             listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in list(changes.items())[:6])
             more = f" and {len(changes) - 6} more" if len(changes) > 6 else ""
@@ -47,8 +58,9 @@ class RunFolder:
 
     def open_tokenizer(self, say) -> Tokenizer:
         """The run's own tokenizer; the first time, a copy of `data.tokenizer` or one trained on the sources."""
-        if (self.tokenizer_dir / "tokenizer.model").exists():
-            return Tokenizer.load(self.tokenizer_dir)
+        for folder in (self.tokenizer_dir, self.checkpoints / "tokenizer"):
+            if (folder / "tokenizer.model").exists():
+                return Tokenizer.load(folder)
         if self.config.data.tokenizer is not None:
             tokenizer = Tokenizer.load(self.config.data.tokenizer)
         else:

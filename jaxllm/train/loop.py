@@ -136,7 +136,7 @@ class Trainer:
         """Writes into the run folder for the first time: all that a user can get wrong has been found by now."""
         if self.opened or jax.process_index() != 0:
             return
-        if not self.folder.resumed:
+        if not self.folder.settings.exists():
             self.folder.write_start(self.tokenizer)
         self.recorder.open(self.folder.path, int(state.step) if self.folder.resumed else None)
         self.opened = True

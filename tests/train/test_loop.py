@@ -305,6 +305,21 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, corpus,
     assert small.losses(tmp_path / "run") == small.losses(finished.folder)
 
 
+def test_a_run_goes_on_from_a_checkpoint_folder_of_its_own_on_a_new_disk(finished, corpus, tmp_path, stop_at):
+    where = {"every": 3, "folder": str(tmp_path / "bucket")}
+    stop_at(5)
+    assert train(corpus, tmp_path / "first", checkpoint=where).status == "preempted"
+    assert not (tmp_path / "first/checkpoints").exists()
+    with pytest.raises(CheckpointError, match="holds a run with other settings: optim.lr"):
+        train(corpus, tmp_path / "second", checkpoint=where, optim={"lr": 2e-2})
+    result = train(corpus, tmp_path / "second", checkpoint=where)
+    assert result.status == "finished" and (tmp_path / "second/settings.yaml").exists()
+    there = small.losses(finished.folder)
+    assert small.losses(tmp_path / "second") == {step: there[step] for step in (6, 7, 8)}
+    assert small.bits(tree.flatten(result.params)) == small.bits(tree.flatten(finished.params))
+    assert api.load(tmp_path / "bucket").step == 8
+
+
 def test_processes_that_would_share_rows_are_refused(corpus, tmp_path, monkeypatch):
     """Each reads rows of its own, so a mesh that gives two of them the same rows would mix them up in silence."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
