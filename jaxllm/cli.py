@@ -292,6 +292,8 @@ def _generate(verbs):
 def generate(args) -> None:
     from jaxllm import api
 
+    if args.temperature == 0 and (args.top_k or args.top_p < 1 or args.min_p):
+        raise UserError("--temperature 0 is greedy and would ignore --top-k, --top-p and --min-p; leave them out")
     prompt = _standard_input() if args.prompt == "-" else args.prompt
     loaded = api.load(args.checkpoint, ema=args.ema)
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")

@@ -181,6 +181,7 @@ def test_other_bad_arguments_are_refused(corpus, refused, tmp_path):
     refused(["nowhere: no such folder"], "runs", "list", "nowhere")
     refused(["nowhere: no such folder"], "runs", "compare", "nowhere", "elsewhere")
     refused(["nowhere: no such folder"], "generate", "nowhere", "--prompt", "x")
+    refused(["would ignore --top-k"], "generate", "nowhere", "--prompt", "x", "--temperature", "0", "--top-k", "5")
     refused(["nowhere: no such folder"], "eval", "nowhere", "--data", "x.txt")
     words = ["token id 400 at position 1 is outside the vocabulary of 400"]
     refused(words, "tokenizer", "decode", corpus / "tokenizer", 5, 400)
