@@ -32,19 +32,24 @@ class Workload:
     model: ModelConfig
     rows: int
     length: int
+    steps: int
+    """Steps that are timed when nothing else is asked for."""
 
 
-def _workload(embed, layers, heads, kv_heads, vocab, rows, length, **ffw) -> Workload:
+def _workload(embed, layers, heads, kv_heads, vocab, rows, length, steps, **ffw) -> Workload:
     layer = LayerSpec(attn=AttnSpec(heads=heads, kv_heads=kv_heads), **ffw)
     model = ModelConfig(vocab=vocab, embed=embed, layers=layers, pattern=(layer,), context=length)
-    return Workload(model, rows, length)
+    return Workload(model, rows, length, steps)
 
 
 WORKLOADS = {
-    "W1": _workload(256, 6, 8, 4, 4096, 16, 256, mlp=MlpSpec(ffw=688)),
-    "W2": _workload(256, 6, 8, 4, 4096, 16, 256, moe=MoeSpec(experts=8, experts_per_token=2, ffw=344)),
-    "W3": _workload(768, 12, 12, 4, 32_000, 4, 512, mlp=MlpSpec(ffw=2048)),
+    "W1": _workload(256, 6, 8, 4, 4096, 16, 256, 10, mlp=MlpSpec(ffw=688)),
+    "W2": _workload(256, 6, 8, 4, 4096, 16, 256, 10, moe=MoeSpec(experts=8, experts_per_token=2, ffw=344)),
+    "W3": _workload(768, 12, 12, 4, 32_000, 4, 512, 5, mlp=MlpSpec(ffw=2048)),
 }
+
+#: Steps before the clock starts.
+WARMUP = 2
 
 #: Column of the table: key of a row, heading, format.
 COLUMNS = (
@@ -62,8 +67,12 @@ COLUMNS = (
 )
 
 
-def bench_train(workloads: Sequence[str] = tuple(WORKLOADS), *, steps: int = 8, json: bool = False) -> list[dict]:
+def bench_train(
+    workloads: Sequence[str] = tuple(WORKLOADS), *, steps: int | None = None, json: bool = False
+) -> list[dict]:
     """Measures the workloads one after another, prints a table (or a line of JSON for each) and returns the rows.
+
+    `steps` are timed after two that are not; by default as many as the workload says.
 
     A row holds tokens_per_second and gflops_per_second at the median step, step_ms (median) with min and max,
     matmul_share (of matmul_gflops, what NumPy's float32 matrix product reaches on all cores just before; null on an
@@ -76,11 +85,11 @@ def bench_train(workloads: Sequence[str] = tuple(WORKLOADS), *, steps: int = 8, 
     for name in workloads:
         if name not in WORKLOADS:
             raise SettingsError(f"no such workload: {name}{nearest(name, WORKLOADS)}")
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise SettingsError(f"steps={steps} must be at least 1")
     rows = []
     for name in workloads:
-        rows.append(_in_own_process(name, steps))
+        rows.append(_in_own_process(name, steps or WORKLOADS[name].steps))
         if json:
             print(json_format.dumps(rows[-1]), flush=True)
     if not json:
@@ -92,8 +101,7 @@ def _in_own_process(name: str, steps: int) -> dict[str, Any]:
     peak = matmul_gflops()
     # A cached program would make compile_seconds a reading time.
     environ = launch.environment(os.environ) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    command = [sys.executable, "-m", "jaxllm.bench", name, str(steps)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environ)
+    done = subprocess.run(command_of(name, steps), stdout=subprocess.PIPE, text=True, env=environ)
     if done.returncode:
         cause = "; it was killed, likely for lack of memory" if done.returncode == -9 else ""
         raise ResourceError(f"{name}: the measuring process ended with exit code {done.returncode}{cause}")
@@ -101,6 +109,11 @@ def _in_own_process(name: str, steps: int) -> dict[str, Any]:
     on_cpu = row["platform"] == "cpu"
     share = row["gflops_per_second"] / peak if on_cpu else None
     return row | {"matmul_gflops": peak if on_cpu else None, "matmul_share": share}
+
+
+def command_of(name: str, steps: int) -> list[str]:
+    """The command whose last line of output is the row of one workload."""
+    return [sys.executable, "-m", "jaxllm.bench", name, str(steps)]
 
 
 def matmul_gflops(size: int = 2048, repeats: int = 8) -> float:
@@ -117,12 +130,10 @@ def matmul_gflops(size: int = 2048, repeats: int = 8) -> float:
 
 
 def measure(workload: Workload, steps: int) -> dict[str, Any]:
-    """Trains `steps` steps after two that are not counted, in this process; the row of `bench_train` but the shares."""
+    """The row of `bench_train` for one workload, all but the share of the peak, measured in this process."""
     import jax
-    import numpy as np
     import psutil
 
-    from jaxllm.data.batch import TokenBatch
     from jaxllm.model.build import active_parameters, build
     from jaxllm.objectives.lm import lm
     from jaxllm.optim.config import OptimConfig
@@ -131,41 +142,33 @@ def measure(workload: Workload, steps: int) -> dict[str, Any]:
     from jaxllm.train.metrics import flops_per_token, peak_memory
     from jaxllm.train.step import make_state, make_train_step
 
-    config, shape = workload.model, (workload.rows, workload.length)
+    config = workload.model
     model = build(config, make_sharding(devices=jax.devices()[:1]))
-    tx = make_optimizer(OptimConfig(), steps + 2, model.axes)
+    tx = make_optimizer(OptimConfig(), steps + WARMUP, model.axes)
     state = make_state(model, tx, jax.random.key(0))
-    rng = np.random.default_rng(0)
-
-    def batch():
-        tokens = rng.integers(0, config.vocab, (workload.rows, workload.length + 1), np.int32)
-        positions = np.broadcast_to(np.arange(workload.length, dtype=np.int32), shape)
-        full = TokenBatch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, np.float32), positions, np.ones(shape, np.int32))
-        return model.sharding.batch(full)
+    batches = (model.sharding.batch(batch) for batch in _random_rows(workload))
 
     start = time.perf_counter()
-    step = make_train_step(model, lm, tx).lower(state, batch()).compile()
-    compile_seconds = time.perf_counter() - start
-    seconds = []
-    for index in range(steps + 2):
-        rows = jax.block_until_ready(batch())
+    step = make_train_step(model, lm, tx).lower(state, next(batches)).compile()
+    compile_seconds, seconds = time.perf_counter() - start, []
+    for index in range(steps + WARMUP):
+        batch = jax.block_until_ready(next(batches))
         start = time.perf_counter()
-        state, metrics = step(state, rows)
-        jax.block_until_ready((state, metrics))
+        state, metrics = jax.block_until_ready(step(state, batch))
         seconds.append(time.perf_counter() - start)
         if index == 0:
             first_step_seconds = time.time() - psutil.Process().create_time()
 
-    median = statistics.median(seconds[2:])
+    timed = seconds[WARMUP:]
+    tokens, median = workload.rows * workload.length, statistics.median(timed)
     total, active = active_parameters(config, model.abstract)
     layers = [(spec.attn.heads, config.head_dim(spec.attn), spec.attn.window) for spec in config.layer_specs]
-    tokens = workload.rows * workload.length
     flops = flops_per_token(active, layers, workload.length) * tokens
     return {
         "tokens_per_second": tokens / median,
         "step_ms": median * 1e3,
-        "step_ms_min": min(seconds[2:]) * 1e3,
-        "step_ms_max": max(seconds[2:]) * 1e3,
+        "step_ms_min": min(timed) * 1e3,
+        "step_ms_max": max(timed) * 1e3,
         "gflop_per_step": flops / 1e9,
         "gflops_per_second": flops / median / 1e9,
         "peak_mb": peak_memory()["host_bytes"] / 1e6,
@@ -179,6 +182,19 @@ def measure(workload: Workload, steps: int) -> dict[str, Any]:
         "platform": jax.default_backend(),
         "jax": jax.__version__,
     }
+
+
+def _random_rows(workload: Workload):
+    """Batches without end: random tokens, one document a row, every target counts."""
+    import numpy as np
+
+    from jaxllm.data.batch import TokenBatch
+
+    rng, shape = np.random.default_rng(0), (workload.rows, workload.length)
+    ones, positions = np.ones(shape, np.int32), np.broadcast_to(np.arange(workload.length, dtype=np.int32), shape)
+    while True:
+        tokens = rng.integers(0, workload.model.vocab, (workload.rows, workload.length + 1), np.int32)
+        yield TokenBatch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), positions, ones)
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

@@ -8,43 +8,60 @@ cost in memory. It does nothing where glibc, madvise or the CPU backend is not w
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 #: Set to 0 to start as you are; set to 1 by the launcher in the process that it starts.
 SWITCH = "JAXLLM_LAUNCH"
-TUNABLE = "glibc.malloc.hugetlb=1"
+TUNABLES = "GLIBC_TUNABLES"
+HUGE_PAGES = "glibc.malloc.hugetlb"
+TUNABLE = f"{HUGE_PAGES}=1"
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+ACCELERATORS = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0")
 
 
-def wanted(environ) -> bool:
-    """Whether starting again would change anything; a user's own GLIBC_TUNABLES are kept as they are."""
-    if SWITCH in environ or "GLIBC_TUNABLES" in environ:
+def wanted(environ: Mapping[str, str]) -> bool:
+    """Whether starting again would change anything; a user's own choice of huge pages stands."""
+    if SWITCH in environ or HUGE_PAGES in environ.get(TUNABLES, ""):
         return False
-    if not environ.get("JAX_PLATFORMS", "cpu").startswith("cpu") or _has_accelerator():
-        return False
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or _glibc() < (2, 35):
-        return False
+    return _on_cpu(environ) and _glibc() >= (2, 35) and _pages_on_request()
+
+
+def _on_cpu(environ) -> bool:
+    """By the user's word, else by device files of TPU and NVIDIA: a guess without loading jax."""
+    platforms = environ.get("JAX_PLATFORMS")
+    return platforms.startswith("cpu") if platforms else not any(Path(path).exists() for path in ACCELERATORS)
+
+
+def _glibc() -> tuple[int, ...]:
+    """`(2, 39)`, or `()` where the C library is another one."""
+    name, version = platform.libc_ver()
+    return tuple(int(part) for part in version.split(".") if part.isdigit()) if name == "glibc" else ()
+
+
+def _pages_on_request() -> bool:
+    """Whether the kernel gives huge pages to who asks: with `always` nobody has to, with `never` nobody gets them."""
     try:
-        return "[never]" not in THP.read_text()
+        return "[madvise]" in THP.read_text()
     except OSError:
         return False
 
 
-def _glibc() -> tuple[int, ...]:
-    return tuple(int(part) for part in platform.libc_ver()[1].split(".") if part.isdigit())
-
-
-def _has_accelerator() -> bool:
-    """A guess without loading jax: TPU and NVIDIA device files."""
-    return any(Path(path).exists() for path in ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0"))
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables for a process that trains on CPU: `environ`, with huge pages added where that helps."""
+    if not wanted(environ):
+        return dict(environ)
+    own = environ.get(TUNABLES)
+    return {**environ, SWITCH: "1", TUNABLES: f"{own}:{TUNABLE}" if own else TUNABLE}
 
 
 def relaunch(argv: list[str]) -> None:
-    """Replaces this process by `python -m jaxllm.cli ARGV` with the tunable set, or returns when there is no need."""
-    if not wanted(os.environ):
+    """Replaces this process by the same command with huge pages, or returns when there is no need.
+
+    Returns also when `argv` is not this process's own: a program that calls the command line is not ours to replace.
+    """
+    if argv != sys.argv[1:] or not wanted(os.environ):
         return
-    print(
-        f"jaxllm: huge pages for the allocator (GLIBC_TUNABLES={TUNABLE}; {SWITCH}=0 turns this off)", file=sys.stderr
-    )
-    environ = os.environ | {SWITCH: "1", "GLIBC_TUNABLES": TUNABLE}
-    os.execve(sys.executable, [sys.executable, "-m", "jaxllm.cli", *argv], environ)
+    print(f"jaxllm: huge pages for the allocator ({TUNABLES}={TUNABLE}; {SWITCH}=0 turns this off)", file=sys.stderr)
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment(os.environ))

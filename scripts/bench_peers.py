@@ -96,7 +96,7 @@ def maxtext_settings(workload: Workload, steps: int) -> dict[str, object]:
     }
     if moe:
         settings |= {"decoder_block": "mixtral", "num_experts": moe.experts, "base_moe_mlp_dim": moe.ffw}
-        settings |= {"num_experts_per_tok": moe.experts_per_token, "megablox": "false", "sparse_matmul": "true"}
+        settings |= {"num_experts_per_tok": moe.experts_per_token, "megablox": "false", "sparse_matmul": "false"}
     off = ("enable_checkpointing", "enable_tensorboard", "log_config", "save_config_to_gcs", "gcs_metrics")
     off += ("enable_goodput_recording", "monitor_goodput")
     return settings | dict.fromkeys(off, "false")

@@ -154,7 +154,9 @@ def _save(form, q_BKGTH, k_BKSH, v_BKSH, sinks, where, slopes):
 def _backward(form, saved, do_BKGTH):
     q_BKGTH, k_BKSH, v_BKSH, sinks, where, slopes, o_BKGTH, lse_BKGT1 = saved
     delta = jnp.sum(do_BKGTH.astype(jnp.float32) * o_BKGTH, axis=-1, keepdims=True)
-    dq, dk, dv = [], jnp.zeros(k_BKSH.shape, jnp.float32), jnp.zeros(v_BKSH.shape, jnp.float32)
+    # dk and dv as H by S: the product is then of q and do transposed, not of the S/H times larger ds and p.
+    B, K, S, H = k_BKSH.shape
+    dq, dk, dv = [], jnp.zeros((B, K, H, S), jnp.float32), jnp.zeros((B, K, H, S), jnp.float32)
     for start, end, first in _chunks(q_BKGTH.shape[3], form.window):
         part, keys = slice(start, end), slice(first, end)
         q, do, k, v = q_BKGTH[:, :, :, part], do_BKGTH[:, :, :, part], k_BKSH[:, :, keys], v_BKSH[:, :, keys]
@@ -164,11 +166,12 @@ def _backward(form, saved, do_BKGTH):
         ds = p * (dp - delta[:, :, :, part])
         ds = _flat((ds if slope_of_cap is None else ds * slope_of_cap).astype(q.dtype))
         dq.append(_rows(jnp.einsum("BKMS,BKSH->BKMH", ds, k), p.shape))
-        dk = dk.at[:, :, keys].add(jnp.einsum("BKMS,BKMH->BKSH", ds, _flat(q)))
-        dv = dv.at[:, :, keys].add(jnp.einsum("BKMS,BKMH->BKSH", _flat(p.astype(do.dtype)), _flat(do)))
+        dk = dk.at[..., keys].add(jnp.einsum("BKMH,BKMS->BKHS", _flat(q), ds))
+        dv = dv.at[..., keys].add(jnp.einsum("BKMH,BKMS->BKHS", _flat(do), _flat(p.astype(do.dtype))))
     # A sink has no value, so its logit's gradient is p_sink * (0 - delta), summed over rows and queries.
     dsinks = None if sinks is None else -jnp.sum(jnp.exp(sinks - lse_BKGT1) * delta, axis=(0, 3), keepdims=True)
-    return jnp.concatenate(dq, axis=3), dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), dsinks, None, None
+    dk, dv = dk.swapaxes(2, 3).astype(k_BKSH.dtype), dv.swapaxes(2, 3).astype(v_BKSH.dtype)
+    return jnp.concatenate(dq, axis=3), dk, dv, dsinks, None, None
 
 
 _blockwise.defvjp(_save, _backward)

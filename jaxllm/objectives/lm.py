@@ -59,13 +59,15 @@ def _chunks(shape, vocab: int) -> int:
     return next((n for n in range(min(wanted, T), T + 1) if T % n == 0), T)
 
 
-def _chunk_sums(unembed, head, hidden_BJD, targets_BJ, mask_BJ, z_loss):
-    logits_BJV = unembed(head, hidden_BJD)
-    lse_BJ = jax.nn.logsumexp(logits_BJV, axis=-1)
+def _losses(logits_BJV, targets_BJ, mask_BJ, z_loss):
+    """`(loss, ce, gradient of the loss by the logits)` of one chunk."""
+    lse_BJ1 = jax.nn.logsumexp(logits_BJV, axis=-1, keepdims=True)
     # A comparison and a sum, not a gather: it stays local where the vocabulary is split over devices.
     hit_BJV = jnp.arange(logits_BJV.shape[-1]) == targets_BJ[..., None]
-    ce = jnp.sum((lse_BJ - jnp.sum(jnp.where(hit_BJV, logits_BJV, 0), axis=-1)) * mask_BJ)
-    return ce + z_loss * jnp.sum(jnp.square(lse_BJ) * mask_BJ), ce
+    ce = jnp.sum((lse_BJ1[..., 0] - jnp.sum(jnp.where(hit_BJV, logits_BJV, 0), axis=-1)) * mask_BJ)
+    loss = ce + z_loss * jnp.sum(jnp.square(lse_BJ1[..., 0]) * mask_BJ)
+    p_BJV = jnp.exp(logits_BJV - lse_BJ1)
+    return loss, ce, (p_BJV * (1 + 2 * z_loss * lse_BJ1) - hit_BJV) * mask_BJ[..., None]
 
 
 def _split(x, chunks: int):
@@ -82,7 +84,8 @@ def _join(x_C):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _cross_entropy(unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT):
     def body(total, chunk):
-        return jax.tree.map(jnp.add, total, _chunk_sums(unembed, head, *chunk, z_loss)), None
+        hidden, targets, mask = chunk
+        return jax.tree.map(jnp.add, total, _losses(unembed(head, hidden), targets, mask, z_loss)[:2]), None
 
     xs = tuple(_split(x, chunks) for x in (hidden_BTD, targets_BT, mask_BT))
     return jax.lax.scan(body, (jnp.zeros(()), jnp.zeros(())), xs)[0]
@@ -94,11 +97,9 @@ def _forward(unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT):
     def body(carry, chunk):
         hidden, targets, mask = chunk
 
-        def f(floating, hidden):
-            return _chunk_sums(unembed, merge(floating, rest), hidden, targets, mask, z_loss)
-
-        loss, pull, ce = jax.vjp(f, floating, hidden, has_aux=True)
-        d_head, d_hidden = pull(jnp.ones(()))
+        logits, pull = jax.vjp(lambda floating, hidden: unembed(merge(floating, rest), hidden), floating, hidden)
+        loss, ce, d_logits = _losses(logits, targets, mask, z_loss)
+        d_head, d_hidden = pull(d_logits)
         return jax.tree.map(jnp.add, carry, (loss, ce, d_head)), d_hidden
 
     zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, floating))
