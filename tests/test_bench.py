@@ -41,7 +41,11 @@ def test_a_row_holds_figures_that_agree():
 
 
 def test_prints_a_table_or_json_and_returns_the_rows(monkeypatch, capsys):
-    figures = {key: 1.0 for key, _, how in bench.COLUMNS if how != "s"} | {"platform": "cpu", "gflops_per_second": 5.0}
+    figures = {key: 1.0 for key, _, how in bench.COLUMNS if how != "s"} | {
+        "workload": "W",
+        "platform": "cpu",
+        "gflops_per_second": 5.0,
+    }
     code = f"import json; print('noise'); print(json.dumps({figures!r}))"
     monkeypatch.setattr(bench, "command_of", lambda name, steps: [sys.executable, "-c", code])
     monkeypatch.setattr(bench, "matmul_gflops", lambda: 10.0)
