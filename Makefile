@@ -9,10 +9,10 @@ demo: $(VENV)/.installed
 	$(BIN)/jaxllm demo
 
 test: $(VENV)/.installed-dev
-	JAXLLM_TEST_CACHE=.cache/xla $(BIN)/python -m pytest -n 2
+	JAXLLM_TEST_CACHE=$(CURDIR)/.cache/xla $(BIN)/python -m pytest -n 2
 
 fast: $(VENV)/.installed-dev
-	JAXLLM_TEST_CACHE=.cache/xla $(BIN)/python -m pytest -n 2 -m fast
+	JAXLLM_TEST_CACHE=$(CURDIR)/.cache/xla $(BIN)/python -m pytest -n 2 -m fast
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

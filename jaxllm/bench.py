@@ -51,19 +51,18 @@ WORKLOADS = {
 #: Steps before the clock starts.
 WARMUP = 2
 
-#: Column of the table: key of a row, heading, format.
-COLUMNS = (
-    ("workload", "", "s"),
+#: Line of the table: key of a row, what it is, format.
+LINES = (
     ("tokens_per_second", "tokens/s", ",.0f"),
-    ("step_ms", "step ms", ",.0f"),
-    ("step_ms_min", "min", ",.0f"),
-    ("step_ms_max", "max", ",.0f"),
-    ("gflops_per_second", "GFLOP/s", ".0f"),
-    ("matmul_share", "of matmul peak", ".0%"),
-    ("peak_mb", "peak MB", ",.0f"),
-    ("temporaries_mb", "XLA temp MB", ",.0f"),
-    ("compile_seconds", "compile s", ".1f"),
-    ("first_step_seconds", "first step s", ".1f"),
+    ("step_ms", "step, ms (median)", ",.0f"),
+    ("step_ms_min", "  fastest", ",.0f"),
+    ("step_ms_max", "  slowest", ",.0f"),
+    ("gflops_per_second", "GFLOP/s", ",.0f"),
+    ("matmul_share", "share of the matmul peak", ".0%"),
+    ("peak_mb", "peak memory, MB", ",.0f"),
+    ("temporaries_mb", "XLA temporaries, MB", ",.0f"),
+    ("compile_seconds", "compilation, s", ",.1f"),
+    ("first_step_seconds", "start to first step, s", ",.1f"),
 )
 
 
@@ -198,16 +197,11 @@ def _random_rows(workload: Workload):
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """One line for each workload."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for _, heading, _ in COLUMNS:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*(format(row[key], how) if row[key] is not None else "-" for key, _, how in COLUMNS))
-    Console(soft_wrap=True).print(table)
+    """One column for each workload."""
+    print(f"{'':26}" + "".join(f"{row['workload']:>10}" for row in rows))
+    for key, label, how in LINES:
+        cells = (format(row[key], how) if row[key] is not None else "-" for row in rows)
+        print(f"{label:26}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 if __name__ == "__main__":

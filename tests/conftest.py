@@ -10,7 +10,7 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in flags:
     flags += " --xla_force_host_platform_device_count=8"
     # Compiling is most of the time of these tests, and the programs are tiny.
-    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags += " --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = flags.strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

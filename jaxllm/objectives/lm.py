@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxllm.data.batch import TokenBatch
 from jaxllm.model.build import Model, Params
 
-#: Most logits held at once, over the batch: 16 MiB of float32 (it fits a CPU's caches better than one big block).
-CHUNK_LOGITS = 1 << 22
+#: Most logits that a CPU device holds at once: 8 MiB of float32, with which a step of a small model is 5 % faster than
+#: with 16. An accelerator holds 64 times as many (512 MiB): small products would leave it idle.
+CHUNK_LOGITS = 1 << 21
 
 Metrics = dict[str, Any]
 
@@ -48,14 +49,15 @@ def cross_entropy(model: Model, head, hidden_BTD, targets_BT, mask_BT, z_loss: f
     loss = ce + z_loss * sum (log sum exp logits)^2 and ce = sum -log p(target). The gradient is computed in the
     forward pass, chunk by chunk, so that no logits are kept or computed twice. Any weight type can be the head.
     """
-    chunks = _chunks(hidden_BTD.shape, model.config.padded_vocab)
+    held = CHUNK_LOGITS * model.sharding.mesh.size * (1 if jax.default_backend() == "cpu" else 64)
+    chunks = _chunks(hidden_BTD.shape, model.config.padded_vocab, held)
     loss, ce = _cross_entropy(model.unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT)
     return loss, jax.lax.stop_gradient(ce)
 
 
-def _chunks(shape, vocab: int) -> int:
+def _chunks(shape, vocab: int, held: int) -> int:
     B, T, _ = shape
-    wanted = max(2, math.ceil(B * T * vocab / CHUNK_LOGITS))
+    wanted = max(2, math.ceil(B * T * vocab / held))
     return next((n for n in range(min(wanted, T), T + 1) if T % n == 0), T)
 
 

@@ -42,5 +42,5 @@ def test_the_compiled_gradient_copies_no_cotangent():
         return jnp.sum(jnp.tanh(einsum("BD,DF->BF", x, w)))
 
     shapes = jax.ShapeDtypeStruct((D, F), jnp.float32), jax.ShapeDtypeStruct((rows, D), jnp.float32)
-    text = jax.jit(jax.grad(loss), device=None).lower(*shapes).compile().as_text()
+    text = jax.jit(jax.grad(loss)).lower(*shapes).compile().as_text()
     assert f"f32[{rows},{F}]" in text and f"f32[{F},{rows}]" not in text
