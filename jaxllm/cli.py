@@ -356,7 +356,7 @@ def _bench(verbs):
 def bench_train(args) -> None:
     from jaxllm.bench import bench_train
 
-    print(bench_train(args.workloads, steps=args.steps, json=args.json))
+    bench_train(args.workloads, steps=args.steps, json=args.json)
 
 
 if __name__ == "__main__":

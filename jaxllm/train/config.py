@@ -64,7 +64,7 @@ class TrainConfig:
     eval_every: int = 200
     """Steps between held-out evaluations; there is one at the end too."""
     eval_rows: int | None = None
-    """Held-out rows in an evaluation during the run; null for all."""
+    """Held-out rows in an evaluation, spread over the text; null for all. The end of the run has all of them too."""
     patience: int | None = None
     """Stop after this many evaluations without a lower held-out loss; null never stops early."""
     max_skipped: int = 10

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 import jax
 
 from jaxllm.data.loader import Loader
-from jaxllm.data.pack import Rows
+from jaxllm.data.pack import Row, Rows
 from jaxllm.data.store import TokenStore
+from jaxllm.errors import DataError
 from jaxllm.model.build import Model, Params
 from jaxllm.objectives.lm import lm
 from jaxllm.train.step import make_eval_step
@@ -22,6 +23,9 @@ class Evaluator:
     def __init__(self, model: Model, stores: Mapping[str, TokenStore], *, seq_len: int, batch: int, objective=lm):
         self.model, self.batch, self.step = model, batch, make_eval_step(model, objective)
         self.stores = {name: (store, Rows(store, seq_len, shuffle=False)) for name, store in stores.items()}
+        for name, (_, rows) in self.stores.items():
+            if not rows.per_epoch:
+                raise DataError(f"{name}: no document has a second token, so there is nothing to predict")
 
     def __call__(
         self, params: Params, *, rows: int | None = None, progress: Callable[[int, int], None] | None = None
@@ -29,7 +33,7 @@ class Evaluator:
         """`heldout_loss` (nats a token), `perplexity`, `bits_per_byte`, and each store's when there are several.
 
         Bits per byte: all nats / ln 2 / UTF-8 bytes of the text; it compares models with different tokenizers.
-        rows: at most this many rows of each store; bytes are then taken in proportion to the tokens.
+        rows: at most this many rows of each store, spread over all of it; bytes are then in proportion to the tokens.
         """
         found = {name: self._sums(params, *pair, rows, progress) for name, pair in self.stores.items()}
         total = [sum(column) for column in zip(*found.values(), strict=True)]
@@ -43,7 +47,7 @@ class Evaluator:
         """`(nats, tokens predicted, bytes of their text)`."""
         stop = min(rows.per_epoch, limit or rows.per_epoch)
         processes = dict(process=jax.process_index(), processes=jax.process_count())
-        loader = Loader(rows, self.batch, stop=stop, prefetch=1, **processes)
+        loader = Loader(Spread(rows, stop), self.batch, stop=stop, prefetch=1, **processes)
         nats = count = 0.0
         for batch in loader:
             sums = jax.device_get(self.step(params, self.model.sharding.batch(batch)))
@@ -52,6 +56,16 @@ class Evaluator:
                 progress(min(loader.position, stop), stop)
         loader.close()
         return nats, count, store.text_bytes * count / int(rows.pairs.sum())
+
+
+class Spread:
+    """`count` rows of all, evenly spaced: a stream for the Loader."""
+
+    def __init__(self, rows: Rows, count: int):
+        self.rows, self.count, self.length = rows, count, rows.length
+
+    def row(self, r: int) -> Row:
+        return self.rows.row(r * self.rows.per_epoch // self.count)
 
 
 def _report(nats: float, count: float, text_bytes: float) -> dict[str, float]:

@@ -192,10 +192,12 @@ class Trainer:
             self.status = "preempted"
         elif evaluator and (last or step % config.eval_every == 0):
             self.recorder.flush()
-            found = evaluator(state.params, rows=None if last else config.eval_rows)
-            loss = found["heldout_loss"]
+            found = evaluator(state.params, rows=config.eval_rows)
+            loss = found["heldout_loss"]  # on the same rows each time, so that the best one is the best
             if self.recorder.evaluated(step, self.tokens_at(step), found) and not last:
                 self.status = "stopped early"
+            if last and config.eval_rows is not None:
+                self.recorder.heldout(step, self.tokens_at(step), evaluator(state.params))
         if last or self.status != "finished" or step % self.config.checkpoint.every == 0:
             self.recorder.flush()
             self.checkpoints.save(step, state, self.meta(step), loss=loss)

@@ -60,13 +60,17 @@ class Recorder:
         self.best, self.since_best = best, since_best
         return self._out_of_patience()
 
-    def evaluated(self, step: int, tokens: int, found: dict[str, float]) -> bool:
-        """Takes a held-out evaluation; True when the run should stop early."""
+    def heldout(self, step: int, tokens: int, found: dict[str, float]) -> None:
+        """Writes and shows a held-out evaluation."""
         self.meter.skip()
         self._write(step, {"tokens": tokens, **found})
         self.show.say(
             f"step {step}: held-out loss {found['heldout_loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte"
         )
+
+    def evaluated(self, step: int, tokens: int, found: dict[str, float]) -> bool:
+        """Takes a held-out evaluation; True when the run should stop early."""
+        self.heldout(step, tokens, found)
         loss = found["heldout_loss"]
         if loss < (math.inf if self.best is None else self.best):
             self.best, self.since_best = loss, 0

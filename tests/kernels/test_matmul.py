@@ -36,11 +36,11 @@ def test_value_and_gradients_are_those_of_einsum(equation, dtype):
 
 def test_the_compiled_gradient_copies_no_cotangent():
     """What the file is for: on CPU no `dy` is written transposed, `[F, rows]`."""
-    rows, D, F = 64, 16, 48
+    B, T, D, F = 4, 64, 16, 48
 
     def loss(w, x):
-        return jnp.sum(jnp.tanh(einsum("BD,DF->BF", x, w)))
+        return jnp.sum(jnp.tanh(einsum("BTD,DF->BTF", x, w)) ** 2)
 
-    shapes = jax.ShapeDtypeStruct((D, F), jnp.float32), jax.ShapeDtypeStruct((rows, D), jnp.float32)
+    shapes = jax.ShapeDtypeStruct((D, F), jnp.float32), jax.ShapeDtypeStruct((B, T, D), jnp.float32)
     text = jax.jit(jax.grad(loss)).lower(*shapes).compile().as_text()
-    assert f"f32[{rows},{F}]" in text and f"f32[{F},{rows}]" not in text
+    assert f"f32[{B * T},{F}]" in text and f"f32[{F},{B * T}]" not in text

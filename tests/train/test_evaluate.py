@@ -8,7 +8,8 @@ import pytest
 import tiny
 
 from jaxllm.data.store import TokenStore
-from jaxllm.train.evaluate import Evaluator
+from jaxllm.errors import DataError
+from jaxllm.train.evaluate import Evaluator, Spread
 
 LENGTHS, BYTES = [9, 2, 30, 1, 17], [25, 3, 70, 0, 41]
 
@@ -66,3 +67,21 @@ def test_two_stores_are_weighed_by_their_tokens(made, store):
     nats = found["heldout_loss/all"] * tokens[0] + found["heldout_loss/part"] * tokens[1]
     assert found["heldout_loss"] == pytest.approx(nats / sum(tokens), rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / (sum(BYTES) + 95), rel=1e-6)
+
+
+def test_fewer_rows_are_spread_over_the_text(made, store):
+    """A row of 12 at every 54 // 12 = 5 rows: two of them are the first and the third."""
+    both = [store.select(np.array([d])) for d in range(5)]
+    assert sum(int((s.lengths - 1).sum()) for s in both) == 54
+    whole = Evaluator(made[0], {"held": store}, seq_len=12, batch=1)
+    rows = whole.stores["held"][1]
+    some = Spread(rows, 2)
+    assert rows.per_epoch == 5
+    for k, r in enumerate((0, 2)):
+        assert all(np.array_equal(a, b) for a, b in zip(some.row(k), rows.row(r), strict=True))
+    assert whole(made[1], rows=99) == whole(made[1])
+
+
+def test_text_with_nothing_to_predict_is_refused(made, store):
+    with pytest.raises(DataError, match="held: no document has a second token"):
+        Evaluator(made[0], {"held": store.select(np.array([3]))}, seq_len=12, batch=1)
