@@ -123,14 +123,18 @@ def changed(value) -> dict[str, typing.Any]:
     """`{"section.key": value}` of the settings that differ from their defaults; required ones count."""
     out = {}
     for field in dataclasses.fields(value):
-        item, default = getattr(value, field.name), _default(field)
-        if item == default:
-            continue
-        if dataclasses.is_dataclass(item) and type(default) in (type(item), types.NoneType):
-            out |= {f"{field.name}.{key}": v for key, v in (changed(item) or {"": {}}).items()}
-        else:
-            out |= flatten(item, field.name)
-    return {key.rstrip("."): v for key, v in out.items()}
+        item = getattr(value, field.name)
+        if item != _default(field):
+            out |= _changed(item, field.name)
+    return out
+
+
+def _changed(item, name: str) -> dict[str, typing.Any]:
+    if isinstance(item, tuple) and any(dataclasses.is_dataclass(x) for x in item):
+        return {k: v for i, x in enumerate(item) for k, v in _changed(x, f"{name}.{i}").items()}
+    if dataclasses.is_dataclass(item):
+        return {f"{name}.{key}": v for key, v in changed(item).items()} or {name: {}}
+    return flatten(item, name)
 
 
 def describe(value, indent: int = 0) -> str:
