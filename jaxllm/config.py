@@ -4,7 +4,6 @@ Each room owns its own settings class; this file only knows how to read, check, 
 """
 
 import dataclasses
-import types
 import typing
 from pathlib import Path
 
