@@ -18,7 +18,7 @@ from jaxllm.errors import CheckpointError
 from jaxllm.generate.text import TextGeneration, generate_text, stream_text
 from jaxllm.model.build import Model, Params, build, check_tokens
 from jaxllm.model.spec import ModelConfig
-from jaxllm.sharding import ParallelConfig, make_sharding
+from jaxllm.sharding import ParallelConfig, Sharding, make_sharding
 from jaxllm.train import loop
 from jaxllm.train.config import RunConfig, load_run
 from jaxllm.train.evaluate import Evaluator
@@ -40,14 +40,17 @@ class Loaded:
 def load(path: str | Path, *, step: int | None = None, parallel: ParallelConfig | None = None, ema=False) -> Loaded:
     """The model of a run folder, a folder of checkpoints, or one step; the newest whole step unless one is named.
 
+    A damaged newest step is said in a line, and the one before is taken.
+
     `parallel`: mesh to load onto, of any size (default: all devices, `fsdp=-1`). `ema`: the averaged weights.
     Raises CheckpointError when there is none, when it is damaged, or when its tokenizer is not the one beside it.
     """
-    step, meta = checkpoint.read_meta(path, step)
-    config = settings_of.parse(ModelConfig, meta["model"], f"settings saved in {path}")
-    model = build(config, make_sharding(parallel))
-    part = "extra/ema" if ema else "params"
-    restored = checkpoint.load(path, model.abstract, step=step, part=part)
+    newest, meta = checkpoint.read_meta(path, step)
+    sharding = make_sharding(parallel)
+    model = _model(path, meta, sharding)
+    restored = checkpoint.load(path, model.abstract, step=step, part="extra/ema" if ema else "params")
+    if restored.step != newest:  # it was damaged; the one before may belong to another stage
+        model, meta = _model(path, restored.meta, sharding), restored.meta
     tokenizer = Tokenizer.load(_beside(path) / "tokenizer")
     if tokenizer.hash != meta["tokenizer"]:
         raise CheckpointError(
@@ -55,6 +58,10 @@ def load(path: str | Path, *, step: int | None = None, parallel: ParallelConfig 
             f"checkpoint's {meta['tokenizer'][:12]}); put that one back"
         )
     return Loaded(model, restored.state, tokenizer, restored.step)
+
+
+def _model(path, meta: dict, sharding: Sharding) -> Model:
+    return build(settings_of.parse(ModelConfig, meta["model"], f"settings saved in {path}"), sharding)
 
 
 def _beside(path: str | Path) -> epath.Path:

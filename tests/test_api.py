@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 import subprocess
 import sys
 
@@ -54,6 +55,18 @@ def test_a_run_folder_its_checkpoints_and_one_step_give_the_same(finished, loade
     earlier = jaxllm.load(finished.folder, step=3)
     assert earlier.step == 3 and jaxllm.load(finished.folder / "checkpoints/3").step == 3
     assert small.bits(tree.flatten(earlier.params)) != small.bits(tree.flatten(loaded.params))
+
+
+def test_a_damaged_newest_step_gives_the_one_before(finished, tmp_path, caplog):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    files = [path for path in (tmp_path / "run/checkpoints/8/params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    assert jaxllm.load(tmp_path / "run").step == 6 and "is damaged" in caplog.text
+    with pytest.raises(CheckpointError, match="no whole checkpoint|damaged"):
+        jaxllm.load(tmp_path / "run", step=8)
 
 
 def test_loading_what_is_not_there_is_refused(finished, tmp_path):
