@@ -119,13 +119,11 @@ def make_train_step(
         # A branch, not a select: selecting makes XLA copy the whole optimizer state first.
         params, opt = jax.lax.cond(finite, update, lambda params, opt: (params, opt), state.params, state.opt)
         extra = _extra(state.extra, finite, ema, tree.partition(params, mask)[0])
-        out = {"loss": loss * scale, "grad_norm": norm, "targets": count, "skipped": extra["skipped"]}
+        out = {"loss": loss * scale, "grad_norm": norm, "targets": count}
+        out |= {name: extra[name] for name in ("skipped", "skipped_in_row")}
         out |= {name: value * scale for name, value in metrics.items()}
-        out |= (
-            {"skipped_in_row": extra["skipped_in_row"], "expert_load_max": _worst_load(load)}
-            if load
-            else {"skipped_in_row": extra["skipped_in_row"]}
-        )
+        if load:
+            out["expert_load_max"] = _worst_load(load)
         return TrainState(state.step + 1, params, opt, state.key, extra), out
 
     return jax.jit(step, donate_argnums=0)
