@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxllm import checkpoint
+from jaxllm import checkpoint, tree
 from jaxllm import config as settings_of
 from jaxllm.data.config import DataConfig
 from jaxllm.data.prepare import prepare_source
@@ -48,16 +48,24 @@ def load(path: str | Path, *, step: int | None = None, parallel: ParallelConfig 
     newest, meta = checkpoint.read_meta(path, step)
     sharding = make_sharding(parallel)
     model = _model(path, meta, sharding)
-    restored = checkpoint.load(path, model.abstract, step=step, part="extra/ema" if ema else "params")
+    restored = checkpoint.load(path, model.abstract, step=step)
     if restored.step != newest:  # it was damaged; the one before may belong to another stage
         model, meta = _model(path, restored.meta, sharding), restored.meta
+    params = _averaged(path, restored, model.abstract) if ema else restored.state
     tokenizer = Tokenizer.load(_beside(path) / "tokenizer")
     if tokenizer.hash != meta["tokenizer"]:
         raise CheckpointError(
             f"the tokenizer in {_beside(path)} is not the one of the checkpoint (hash {tokenizer.hash[:12]}, the "
             f"checkpoint's {meta['tokenizer'][:12]}); put that one back"
         )
-    return Loaded(model, restored.state, tokenizer, restored.step)
+    return Loaded(model, params, tokenizer, restored.step)
+
+
+def _averaged(path, restored: checkpoint.Restored, abstract: Params) -> Params:
+    """The averaged weights; those that were not trained have no average and are as they were."""
+    chosen, _ = tree.partition(abstract, tree.select(abstract, restored.meta["settings"]["train"]["trainable"]))
+    averages = checkpoint.load(path, chosen, step=restored.step, part="extra/ema").state
+    return tree.combine(averages, restored.state)
 
 
 def _model(path, meta: dict, sharding: Sharding) -> Model:

@@ -141,10 +141,15 @@ def train(args) -> int:
     for key in ("loss", "heldout_loss", "bits_per_byte"):
         if key in result.summary:
             print(f"{key} {result.summary[key]:.4f}")
+    return _exit_code(result)
+
+
+def _exit_code(result) -> int:
+    """1 when the last checkpoint was not saved; what the settings say after SIGTERM; else 0."""
     if not result.saved:
         print("the last checkpoint was not saved (see above)", file=sys.stderr)
         return 1
-    return settings.checkpoint.preempted_exit_code if result.status == "preempted" else 0
+    return result.config.checkpoint.preempted_exit_code if result.status == "preempted" else 0
 
 
 def _tokenizer(verbs):
@@ -340,8 +345,7 @@ def _demo(verbs):
 def demo(args) -> int:
     from jaxllm.demo import demo
 
-    result = demo(moe=args.moe, minutes=args.minutes, out=args.out, overrides=args.overrides)
-    return 0 if result.saved else 1
+    return _exit_code(demo(moe=args.moe, minutes=args.minutes, out=args.out, overrides=args.overrides))
 
 
 def _bench(verbs):

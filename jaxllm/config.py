@@ -53,6 +53,7 @@ def merge(cls, source=None, overrides: typing.Sequence[str] = ()) -> tuple[dict,
 
 def parse(cls: type[S], raw: dict, where: str = "settings") -> S:
     """Checks a plain dict against `cls`. Raises SettingsError."""
+    _refuse_booleans(cls, raw, where)
     try:
         return TypeAdapter(cls).validate_python(raw)
     except ValidationError as error:
@@ -256,6 +257,29 @@ def _has_free_keys(annotation) -> bool:
 def _nearest_path(cls, whole: str, parts: list[str]) -> str:
     prefix = whole.removesuffix(".".join(parts))
     return nearest(parts[0], _fields(cls)).replace("did you mean ", f"did you mean {prefix}")
+
+
+def _refuse_booleans(annotation, value, where: str, path: str = "") -> None:
+    """Raises SettingsError for yes or no where a number is wanted; pydantic would read them as 1 and 0."""
+    if (
+        isinstance(value, bool)
+        and not _takes(annotation, bool)
+        and (_takes(annotation, int) or _takes(annotation, float))
+    ):
+        raise SettingsError(f"{where}: {path}={value!r}: input should be a number, not yes or no")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    section = _section(annotation)
+    for key, item in items:
+        inside = (
+            _fields(section).get(key)
+            if isinstance(value, dict) and section and not _has_free_keys(annotation)
+            else annotation
+        )
+        _refuse_booleans(inside, item, where, f"{path}.{key}" if path else str(key))
+
+
+def _takes(annotation, kind: type) -> bool:
+    return annotation is kind or any(_takes(inner, kind) for inner in typing.get_args(annotation))
 
 
 def _explain(cls, item: dict) -> str:

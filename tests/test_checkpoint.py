@@ -399,11 +399,41 @@ def test_a_process_that_dies_before_the_seal_leaves_the_step_before(tmp_path, ca
     )
     process.communicate(timeout=60)
     assert process.returncode == 7
-    assert names(tmp_path) == ["1", "2"] and load(tmp_path).step == 1
+    assert names(tmp_path) == ["1", "2", "2.unfinished"] and load(tmp_path).step == 1
     with Checkpoints(tmp_path) as checkpoints:
         assert names(tmp_path) == ["1"] and "2: its save was never finished" in caplog.text
         checkpoints.save(2, {"params": {"w": jnp.full(4, 2)}}, {})
     assert load(tmp_path).step == 2
+
+
+def test_a_step_whose_manifest_was_deleted_is_kept_aside(tmp_path, caplog):
+    step = save(tmp_path, 1, 2) / "2"
+    (step / "manifest.json").unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1] and names(tmp_path) == ["1", "2.corrupt"]
+        assert "2 is damaged (manifest.json is missing): kept as 2.corrupt" in caplog.text
+        checkpoints.save(2, make_state(2), {})
+    assert load(tmp_path).step == 2
+    for number in (1, 2):
+        (tmp_path / str(number) / "manifest.json").unlink()
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="only damaged checkpoints"):
+        checkpoints.restore(shapes(make_state(1)))
+
+
+def test_a_process_that_dies_while_it_deletes_a_step_leaves_nothing_of_it(tmp_path):
+    process = run(
+        """
+        with Checkpoints(sys.argv[1], CheckpointConfig(keep=1, keep_best=False)) as checkpoints:
+            checkpoints.save(1, {"params": {"w": jnp.ones(4)}}, {})
+            type(checkpoints.folder).rmtree = lambda *_: os._exit(7)
+            checkpoints.save(2, {"params": {"w": jnp.ones(4)}}, {})
+        """,
+        tmp_path,
+    )
+    print(process.communicate(timeout=60))
+    assert process.returncode == 7 and "1.unfinished" in names(tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [2] and names(tmp_path) == ["2"]
 
 
 def test_a_full_disk_leaves_the_older_steps_and_no_traceback(tmp_path):

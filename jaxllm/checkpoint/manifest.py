@@ -2,8 +2,8 @@
 
 Orbax does not checksum array data (24 of 24 flipped bits restored in silence with 0.12.8), so each step folder gets
 a `manifest.json` with the size and CRC-32 of every file, the dtype and shape of every array, and the run's metadata.
-It is written last and appears at once: a step folder without one was never finished, and that is the only rule.
-Deleting a step removes the manifest first, so that half a step is never taken for a whole one.
+It is written last and appears at once: only a step folder that has one is read. While a step is written or deleted, a
+file `<step>.unfinished` stands beside its folder; a folder with neither lost its manifest, and is kept aside.
 """
 
 import json

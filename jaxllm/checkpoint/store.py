@@ -28,6 +28,7 @@ from jaxllm.errors import CheckpointError, ResourceError
 
 log = logging.getLogger("jaxllm")
 ASIDE = ".corrupt"
+UNFINISHED = ".unfinished"
 BARRIER_MS = 1_200_000  # orbax gives a save 20 minutes
 REASON = 120  # characters of an error shown, the last ones: tensorstore ends its own with what the system said
 
@@ -121,6 +122,7 @@ class Checkpoints:
         try:
             if _primary():
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self._marker(step).touch()
             self._agree_on_space(self._need)
             self._orbax.save(self.folder / str(step), args=arrays.to_save(state), force=True)
         except Exception as error:  # whatever it is, hours of training are worth more than this save
@@ -169,6 +171,7 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if _primary():
                 manifest.seal(folder, body)
+                self._marker(step).unlink()
                 self._losses[step] = body["loss"]
                 self._retain()
         except Exception as caught:
@@ -196,6 +199,7 @@ class Checkpoints:
         if _primary():
             with contextlib.suppress(OSError):
                 (self.folder / str(step)).rmtree(missing_ok=True)
+                self._marker(step).unlink(missing_ok=True)
 
     def _agree_on_space(self, need: int) -> None:
         """The first process looks, and all of them save or none."""
@@ -217,13 +221,27 @@ class Checkpoints:
         if self.config.keep_best:
             kept.add(self.best())
         for step in set(steps) - kept:
+            self._marker(step).touch()
             (self.folder / str(step) / manifest.NAME).unlink()
             (self.folder / str(step)).rmtree()
+            self._marker(step).unlink()
+
+    def _marker(self, step: int) -> epath.Path:
+        """The file that stands beside a step while it is written or deleted."""
+        return self.folder / f"{step}{UNFINISHED}"
 
     def _remove_unfinished(self) -> None:
-        for step in set(numbered(self.folder)) - set(self.steps()):
-            (self.folder / str(step)).rmtree()
-            log.warning("removed %s/%d: its save was never finished", self.folder, step)
+        """Clears what a killed process was writing or deleting. Whatever else lacks a manifest is kept aside."""
+        saved = self.steps()
+        for step in sorted(set(numbered(self.folder)) - set(saved)):
+            if self._marker(step).exists():
+                (self.folder / str(step)).rmtree()
+                log.warning("removed %s/%d: its save was never finished", self.folder, step)
+            else:
+                name = self._put_aside(step)
+                log.warning("%s/%d is damaged (%s is missing): kept as %s", self.folder, step, manifest.NAME, name)
+        for marker in self.folder.glob("*" + UNFINISHED) if self.folder.is_dir() else ():
+            marker.unlink()
 
     def _set_aside(self) -> list[str]:
         return [path.name for path in self.folder.iterdir() if ASIDE in path.name] if self.folder.is_dir() else []

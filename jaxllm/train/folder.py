@@ -3,9 +3,11 @@
 settings.yaml    the resolved settings            metrics.jsonl   a line for each step
 tokenizer/       the tokenizer the run uses       loss.png        the loss curve
 checkpoints/     one folder for each saved step   card.md         the run card
-summary.json     the result
+summary.json     the result                       .lock           held by the process that trains here
 """
 
+import fcntl
+import os
 from pathlib import Path
 
 import yaml
@@ -27,6 +29,7 @@ class RunFolder:
         self.config, self.path = config, Path(config.out or "runs/run")
         self.settings, self.metrics = self.path / "settings.yaml", self.path / "metrics.jsonl"
         self.tokenizer_dir = self.path / "tokenizer"
+        self._lock = None
         self.checkpoints = epath.Path(config.checkpoint.folder or self.path / "checkpoints")
         saved = self._saved()
         self.resumed = saved is not None
@@ -45,6 +48,39 @@ class RunFolder:
         if self.config.checkpoint.folder is not None and steps_in(self.checkpoints):
             return read_meta(self.checkpoints)[1]["settings"]
         return None
+
+    def lock(self) -> None:
+        """Takes the folder for this process until `unlock` or its end.
+
+        Raises CheckpointError where another one has it, ResourceError where nothing can be written.
+        """
+        if self._lock is not None:
+            return
+        try:
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip()
+            file.close()
+            raise CheckpointError(
+                f"{self.path} is in use by another run (process {owner}); wait for it, or choose another folder with "
+                "out=..."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _check(self, saved: dict) -> None:
         changes = differences(saved, self.config)
@@ -74,17 +110,25 @@ class RunFolder:
         return tokenizer
 
     def write_start(self, tokenizer: Tokenizer) -> None:
-        """Writes settings and tokenizer. Raises ResourceError for a folder that cannot be written."""
+        """Takes the folder; writes settings and tokenizer.
+
+        Raises ResourceError for a folder that cannot be written, CheckpointError where another run was faster.
+        """
         text = yaml.safe_dump(settings_of.to_dict(self.config), sort_keys=False)
         temporary = self.settings.with_suffix(".tmp")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            if self.settings.exists():
+                raise CheckpointError(f"another run has begun in {self.path}; choose another folder with out=...")
             tokenizer.save(self.tokenizer_dir)
             if self.config.checkpoint.folder is not None:  # so that the weights can be used without the run folder
                 tokenizer.save(self.checkpoints / "tokenizer")
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(self.settings)
         except OSError as error:
-            raise ResourceError(
-                f"{self.path} cannot be written ({error.strerror or error}); choose another folder with out=..."
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> ResourceError:
+        why = error.strerror or error
+        return ResourceError(f"{self.path} cannot be written ({why}); choose another folder with out=...")

@@ -51,6 +51,7 @@ class Result:
     summary: dict[str, Any]
     saved: bool
     """Whether the last checkpoint was saved."""
+    config: RunConfig
 
 
 def train(config: RunConfig, *, quiet: bool = False) -> Result:
@@ -62,9 +63,12 @@ def train(config: RunConfig, *, quiet: bool = False) -> Result:
     join_processes(config.parallel)
     show = Show(config.train.total_steps, quiet=quiet or jax.process_index() != 0)
     try:
+        if folder.resumed and folder.path.is_dir() and jax.process_index() == 0:
+            folder.lock()  # a new run takes its folder when it first writes there
         return Trainer(config, folder, show).run()
     finally:
         show.close()
+        folder.unlock()
 
 
 class Trainer:
@@ -136,7 +140,7 @@ class Trainer:
         """Writes into the run folder for the first time: all that a user can get wrong has been found by now."""
         if self.opened or jax.process_index() != 0:
             return
-        if not self.folder.settings.exists():
+        if not (self.folder.resumed and self.folder.settings.exists()):
             self.folder.write_start(self.tokenizer)
         self.recorder.open(self.folder.path, int(state.step) if self.folder.resumed else None)
         self.opened = True
@@ -298,7 +302,7 @@ class Trainer:
                 report.plot_loss(rows, path / "loss.png", path.name)
             (path / "card.md").write_text(self.card(summary, speed), encoding="utf-8")
         saved = self.checkpoints.failed is None
-        return Result(self.status, self.model, state.params, self.tokenizer, path, summary, saved)
+        return Result(self.status, self.model, state.params, self.tokenizer, path, summary, saved, self.config)
 
     def card(self, summary: dict[str, Any], speed: dict[str, float]) -> str:
         flops, length = self.flops_per_token(self.stages[-1]), self.stages[-1].seq_len

@@ -91,7 +91,7 @@ def make_train_step(
       accumulate: batch leaves are `[A * B, ...]`; rows are split into A microbatches whose sums are added.
       ema: decay of an average of the trainable weights, or None.
 
-    A step whose gradient is not finite changes neither weights nor optimizer; it is counted in `extra`.
+    A step whose gradient is not finite changes neither weights, optimizer nor average; it is counted in `extra`.
     """
 
     def step(state: TrainState, batch):
@@ -151,7 +151,8 @@ def _extra(extra, finite, decay, chosen):
     extra["skipped"] = extra["skipped"] + ~finite
     extra["skipped_in_row"] = jnp.where(finite, 0, extra["skipped_in_row"] + 1)
     if decay is not None:
-        extra["ema"] = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), extra["ema"], chosen)
+        rate = jnp.where(finite, 1 - decay, 0)  # a skipped step moves the average no more than the weights
+        extra["ema"] = jax.tree.map(lambda e, p: e + rate.astype(e.dtype) * (p - e), extra["ema"], chosen)
     return extra
 
 

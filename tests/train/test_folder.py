@@ -82,3 +82,21 @@ def test_a_folder_that_cannot_be_written_is_said(make, tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(ResourceError, match="run cannot be written .*out="):
         folder.write_start(folder.open_tokenizer(print))
+
+
+def test_two_runs_cannot_have_one_folder(make, tmp_path):
+    first, second = make(), make()
+    tokenizer = first.open_tokenizer(print)
+    first.write_start(tokenizer)
+    with pytest.raises(CheckpointError, match=r"in use by another run \(process \d+ on .*out="):
+        second.write_start(tokenizer)
+    with pytest.raises(CheckpointError, match="in use"):
+        make().lock()
+    first.unlock()
+    assert not second.resumed  # it saw an empty folder, and writes once the other one has ended
+    with pytest.raises(CheckpointError, match="another run has begun"):
+        second.write_start(tokenizer)
+    second.unlock()
+    resumed = make()
+    resumed.lock()
+    resumed.unlock()

@@ -51,7 +51,7 @@ def test_a_run_leaves_its_folder(finished):
     out = finished.folder
     assert finished.status == "finished" and finished.saved
     assert {path.name for path in out.iterdir()} == {
-        "settings.yaml", "metrics.jsonl", "checkpoints", "loss.png", "card.md", "summary.json", "tokenizer"
+        "settings.yaml", "metrics.jsonl", "checkpoints", "loss.png", "card.md", "summary.json", "tokenizer", ".lock"
     }  # fmt: skip
     steps = [row for row in rows(out) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 9))
@@ -262,12 +262,16 @@ def test_too_many_non_finite_gradients_stop_the_run(corpus, tmp_path, monkeypatc
 
 def test_init_and_trainable(finished, corpus, tmp_path):
     out, pattern = tmp_path / "run", "**/attn/**"
-    result = train(corpus, out, train__init=str(finished.folder), train__trainable=pattern, train__steps=3)
+    options = dict(train__trainable=pattern, train__steps=3, train__ema=0.5)
+    result = train(corpus, out, train__init=str(finished.folder), **options)
     old, new = tree.flatten(finished.params), tree.flatten(result.params)
     moved = {path for path in old if np.asarray(old[path]).tobytes() != np.asarray(new[path]).tobytes()}
     assert moved == {path for path in old if tree.matches(pattern, path)} != set()
     first = float.fromhex(small.losses(out)[1])
     assert first < float.fromhex(small.losses(finished.folder)[2]), "it starts where the other run ended"
+    averaged = tree.flatten(api.load(out, ema=True).params)
+    same = {path for path in old if np.asarray(old[path]).tobytes() == np.asarray(averaged[path]).tobytes()}
+    assert same == old.keys() - moved, "weights that were not trained have no average and are as they were"
 
 
 def test_init_from_a_run_with_another_tokenizer_is_refused(finished, corpus, tmp_path):

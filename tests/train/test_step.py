@@ -83,11 +83,12 @@ def test_a_step_donates_its_state_and_averages_its_weights(trainer):
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(trainer):
     _, _, new, step = trainer
     state, _ = step(new(), BATCH)
-    before, key = copy((state.params, state.opt)), state.key.copy()
+    before, average, key = copy((state.params, state.opt)), copy(state.extra["ema"]), state.key.copy()
     bad = dataclasses.replace(BATCH, mask_BT=BATCH.mask_BT.at[2, 3].set(jnp.nan))
     for n in (1, 2):
         state, metrics = step(state, bad)
         assert tiny.bit_equal(before, copy((state.params, state.opt)))
+        assert tiny.bit_equal(average, copy(state.extra["ema"]))
         assert int(metrics["skipped"]) == int(metrics["skipped_in_row"]) == n
     assert int(state.step) == 3 and bool(jnp.all(jax.random.key_data(state.key) == jax.random.key_data(key)))
     state, metrics = step(state, BATCH)
