@@ -161,7 +161,7 @@ def measure(workload: Workload, steps: int) -> dict[str, Any]:
     timed = seconds[WARMUP:]
     tokens, median = workload.rows * workload.length, statistics.median(timed)
     total, active = active_parameters(config, model.abstract)
-    layers = [(spec.attn.heads, config.head_dim(spec.attn), spec.attn.window) for spec in config.layer_specs]
+    layers = [(s.attn.heads, config.attention_dim(s.attn), s.attn.window) for s in config.layer_specs]
     flops = flops_per_token(active, layers, workload.length) * tokens
     return {
         "tokens_per_second": tokens / median,

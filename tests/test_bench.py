@@ -24,7 +24,7 @@ def test_the_workloads_are_the_documented_ones(name, millions, active, gflop):
     total, in_products = active_parameters(config, build(config).abstract)
     assert total / 1e6 == pytest.approx(millions, rel=1e-3)
     assert in_products / 1e6 == pytest.approx(active, rel=2e-3)
-    layers = [(spec.attn.heads, config.head_dim(spec.attn), None) for spec in config.layer_specs]
+    layers = [(s.attn.heads, config.attention_dim(s.attn), None) for s in config.layer_specs]
     flops = flops_per_token(in_products, layers, workload.length) * workload.rows * workload.length
     assert flops / 1e9 == pytest.approx(gflop, abs=0.6)
 

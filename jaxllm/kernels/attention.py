@@ -3,6 +3,7 @@
 Both mask by segment, causal order and window, and know soft-caps, ALiBi and attention sinks. Softmax is in float32.
 
 Shapes: B batch, T query position, S key position, N query heads, K kv heads, G = N/K, H head dim, C query chunk.
+Values and outputs may have another head dim than queries and keys.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ def reference(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead =
     s_BKGTS, _ = _logits(q_BKGTH, k_BKSH, form, where, _by_kv_head(heads.slopes_N, K))
     p_BKGTS, total, _ = _exponentials(s_BKGTS, _by_kv_head(heads.sinks_N, K))
     o_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", (p_BKGTS / total).astype(v_BKSH.dtype), v_BKSH)
-    return o_BTKGH.reshape(B, T, N, H)
+    return o_BTKGH.reshape(B, T, N, -1)
 
 
 def blockwise(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead = NO_HEADS) -> jax.Array:
@@ -71,7 +72,7 @@ def blockwise(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead =
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * form.scale
     slopes, sinks = _by_kv_head(heads.slopes_N, K), _by_kv_head(heads.sinks_N, K)
     o_BKGTH = _blockwise(form, q_BKGTH, k_BKSH, v_BKSH, sinks, where, slopes)
-    return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
 
 
 def _by_kv_head(x_N, K):
@@ -156,7 +157,7 @@ def _backward(form, saved, do_BKGTH):
     delta = jnp.sum(do_BKGTH.astype(jnp.float32) * o_BKGTH, axis=-1, keepdims=True)
     # dk and dv as H by S: the product is then of q and do transposed, not of the S/H times larger ds and p.
     B, K, S, H = k_BKSH.shape
-    dq, dk, dv = [], jnp.zeros((B, K, H, S), jnp.float32), jnp.zeros((B, K, H, S), jnp.float32)
+    dq, dk, dv = [], jnp.zeros((B, K, H, S), jnp.float32), jnp.zeros((B, K, v_BKSH.shape[-1], S), jnp.float32)
     for start, end, first in _chunks(q_BKGTH.shape[3], form.window):
         part, keys = slice(start, end), slice(first, end)
         q, do, k, v = q_BKGTH[:, :, :, part], do_BKGTH[:, :, :, part], k_BKSH[:, :, keys], v_BKSH[:, :, keys]

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.kernels.attention import Form, PerHead, Where, attention
 from jaxllm.model.cache import LayerCache
-from jaxllm.model.param import normal, ones, rms, zeros
+from jaxllm.model.param import norm_scale, normal, rms, zeros
 from jaxllm.model.rope import alibi_slopes, rotate
 from jaxllm.model.spec import AttnSpec, ModelConfig
 from jaxllm.weights.seam import einsum, unwrap
@@ -33,9 +33,10 @@ class Attention(nnx.Module):
         if spec.out_bias:
             self.o_bias = zeros((D,), ("embed",))
         if spec.qk_norm == "head":
-            self.q_norm, self.k_norm = ones((H,), ("head",)), ones((H,), ("head",))
+            self.q_norm, self.k_norm = (norm_scale(config, (H,), ("head",)) for _ in "qk")
         if spec.qk_norm == "all":
-            self.q_norm, self.k_norm = ones((N, H), ("heads", "head")), ones((K, H), ("kv_heads", "head"))
+            self.q_norm = norm_scale(config, (N, H), ("heads", "head"))
+            self.k_norm = norm_scale(config, (K, H), ("kv_heads", "head"))
         if spec.sinks:
             self.sinks = zeros((N,), ("heads",))
 
@@ -56,7 +57,7 @@ class Attention(nnx.Module):
             k_BKSH = constrain(k_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
             v_BKSH = constrain(v_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
             where = Where(positions_BT, positions_BT, segments_BT, segments_BT)
-        o_BTNH = attention(q_BTNH, k_BKSH, v_BKSH, self._form(), where, self._per_head(), kind=kind)
+        o_BTNH = attend(self, q_BTNH, k_BKSH, v_BKSH, where, kind)
         y_BTD = einsum("BTNH,NHD->BTD", checkpoint_name(o_BTNH, "attention"), self.o)
         if self.spec.out_bias:
             y_BTD = y_BTD + unwrap(self.o_bias).astype(y_BTD.dtype)
@@ -74,14 +75,15 @@ class Attention(nnx.Module):
 
     def _norm(self, x_BTNH, scale):
         if self.spec.qk_norm == "head":
-            return rms(x_BTNH, scale, self.config.norm_eps)
+            return rms(self.config, x_BTNH, scale)
         flat = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
-        return rms(flat, unwrap(scale).reshape(-1), self.config.norm_eps).reshape(x_BTNH.shape)
+        return rms(self.config, flat, unwrap(scale).reshape(-1)).reshape(x_BTNH.shape)
 
-    def _form(self) -> Form:
-        scale = self.spec.scale if self.spec.scale is not None else self.config.head_dim(self.spec) ** -0.5
-        return Form(scale, self.spec.window, self.spec.softcap)
 
-    def _per_head(self) -> PerHead:
-        slopes = jax.numpy.asarray(alibi_slopes(self.spec.heads)) if self.spec.alibi else None
-        return PerHead(slopes, unwrap(self.sinks) if self.spec.sinks else None)
+def attend(layer: nnx.Module, q_BTNH, k_BKSH, v_BKSH, where: Where, kind: str) -> jax.Array:
+    """The attention kernel with what the spec of this layer says: scale, window, soft-cap, slopes and sinks."""
+    spec = layer.spec
+    scale = spec.scale if spec.scale is not None else layer.config.qk_dim(spec) ** -0.5
+    slopes = jax.numpy.asarray(alibi_slopes(spec.heads)) if spec.alibi else None
+    heads = PerHead(slopes, unwrap(layer.sinks) if spec.sinks else None)
+    return attention(q_BTNH, k_BKSH, v_BKSH, Form(scale, spec.window, spec.softcap), where, heads, kind=kind)

@@ -12,15 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxllm import tree
 from jaxllm.errors import SettingsError
 from jaxllm.model.cache import Cache
 from jaxllm.model.moe import update_bias
-from jaxllm.model.spec import Kernels, ModelConfig
+from jaxllm.model.spec import Kernels, LayerSpec, ModelConfig
 from jaxllm.model.transformer import Transformer
 from jaxllm.sharding import Sharding, make_sharding
 from jaxllm.weights.seam import einsum
 
 Params = dict[str, Any]
+
+#: How the names of the weights of a layer end that are in no matrix product.
+VECTORS = ("bias", "norm", "scale", "sinks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,15 @@ class Model:
     """The nnx description with the weights taken out."""
 
     def apply(
-        self, params: Params, tokens_BT, *, positions_BT=None, segments_BT=None, cache: Cache | None = None, key=None
+        self,
+        params: Params,
+        tokens_BT,
+        *,
+        positions_BT=None,
+        segments_BT=None,
+        lengths_B=None,
+        cache: Cache | None = None,
+        key=None,
     ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
         """Forward pass: `(hidden_BTD, cache, aux)`.
 
@@ -49,6 +61,8 @@ class Model:
           tokens_BT: ids in 0..vocab-1.
           positions_BT: position of each token in its document; default 0, 1, ...; -1 marks padding under a cache.
           segments_BT: number of the document in the row, 0 for padding; tokens attend within their segment only.
+          lengths_B: how long each row will be in all; dynamic NTK and LongRoPE go by it. Default: as long as it is
+            here. They need it with a cache, so that a row keeps its angles from the first token to the last.
           cache: from `make_cache`; the new tokens see what it holds and are added to what comes back.
           key: of dropout; None for evaluation.
         """
@@ -58,6 +72,7 @@ class Model:
             tokens_BT,
             positions_BT=positions_BT,
             segments_BT=segments_BT,
+            lengths_B=lengths_B,
             cache=cache,
             key=key,
             sharding=self.sharding,
@@ -86,7 +101,7 @@ class Model:
         """The weights with the router biases moved towards equal load (layers with balance=bias; others untouched)."""
         for where, load_E in load.items():
             group, slot = where.split("/")
-            spec = getattr(self.config, "pattern" if group == "layers" else group)[int(slot)].moe
+            spec = _slot(self.config, group, slot).moe
             if spec.balance == "bias":
                 block = params[group][slot]
                 bias = update_bias(block["moe"]["bias"], load_E, spec.bias_rate or 0.001)
@@ -119,26 +134,30 @@ def build(config: ModelConfig, sharding: Sharding | None = None, kernels: Kernel
     return Model(config, sharding, kernels or Kernels(), abstract, axes, init, graph)
 
 
-def _put(tree: dict, keys: tuple[str, ...], value) -> None:
+def _put(nested: dict, keys: tuple[str, ...], value) -> None:
     for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[keys[-1]] = value
+        nested = nested.setdefault(key, {})
+    nested[keys[-1]] = value
+
+
+def _slot(config: ModelConfig, group: str, slot: str) -> LayerSpec:
+    """The layers whose weights are at `group/slot`."""
+    return getattr(config, "pattern" if group == "layers" else group)[int(slot)]
 
 
 def active_parameters(config: ModelConfig, abstract: Params) -> tuple[int, int]:
     """`(total, active)` parameters; active ones are in a matrix product for each token (no gather, no norms)."""
-    total = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-    D, active = config.embed, config.padded_vocab * config.embed
-    for spec in config.layer_specs:
-        attn, head = spec.attn, config.head_dim(spec.attn)
-        active += D * head * 2 * (attn.heads + (attn.kv_heads or attn.heads))
-        for part in filter(None, (spec.mlp, spec.moe)):
-            matrices = 3 if part.activation in ("swiglu", "geglu", "geglu_tanh") else 2
-            if part is spec.mlp:
-                active += matrices * D * part.ffw
-            else:
-                active += matrices * D * (part.ffw * part.experts_per_token + part.shared_ffw) + D * part.experts
-    return total, active
+    sizes = {path: leaf.size for path, leaf in tree.flatten(abstract).items()}
+    active = config.padded_vocab * config.embed
+    for path, size in sizes.items():
+        group, *keys = path.split("/")
+        if group not in ("prefix", "layers", "suffix") or keys[-1].endswith(VECTORS):
+            continue
+        if keys[1] == "moe" and keys[2] in ("gate", "up", "down"):
+            moe = _slot(config, group, keys[0]).moe
+            size = size // moe.experts * moe.experts_per_token
+        active += size
+    return sum(sizes.values()), active
 
 
 def check_tokens(config: ModelConfig, tokens, context: int | None = None) -> None:

@@ -14,10 +14,18 @@ from jaxllm.model.param import normal, zeros
 from jaxllm.model.spec import MlpSpec, ModelConfig
 from jaxllm.weights.seam import einsum, unwrap
 
-GATES = {
-    "swiglu": jax.nn.silu,
-    "geglu": lambda x: jax.nn.gelu(x, approximate=False),
-    "geglu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+
+def _swiglu_clamped(gate, up):
+    """GPT-OSS (arXiv 2508.10925), by its published reference implementation."""
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+
+
+GATED = {
+    "swiglu": lambda gate, up: jax.nn.silu(gate) * up,
+    "swiglu_clamped": _swiglu_clamped,
+    "geglu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+    "geglu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
 }
 PLAIN = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -28,8 +36,8 @@ PLAIN = {
 
 @functools.partial(jax.checkpoint, static_argnums=0)  # keeps gate and up only: 8 % less temporary memory
 def activate(name: str, gate, up):
-    """The hidden activation: `act(gate) * up` for the gated kinds (gate is not None), else `act(up)`."""
-    return GATES[name](gate) * up if name in GATES else PLAIN[name](up)
+    """The hidden activation, of gate and up for the gated kinds (gate is not None), else of up."""
+    return GATED[name](gate, up) if name in GATED else PLAIN[name](up)
 
 
 class Mlp(nnx.Module):
@@ -38,18 +46,18 @@ class Mlp(nnx.Module):
     def __init__(self, spec: MlpSpec, config: ModelConfig, rngs: nnx.Rngs):
         self.spec = spec
         D, F = config.embed, spec.ffw
-        if spec.activation in GATES:
+        if spec.activation in GATED:
             self.gate = normal(rngs, (D, F), ("embed", "ffw"), fan_in=D)
         self.up = normal(rngs, (D, F), ("embed", "ffw"), fan_in=D)
         self.down = normal(rngs, (F, D), ("ffw", "embed"), fan_in=F, gain=(2 * config.layers) ** -0.5)
         if spec.bias:
-            if spec.activation in GATES:
+            if spec.activation in GATED:
                 self.gate_bias = zeros((F,), ("ffw",))
             self.up_bias = zeros((F,), ("ffw",))
             self.down_bias = zeros((D,), ("embed",))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gated, bias = self.spec.activation in GATES, self.spec.bias
+        gated, bias = self.spec.activation in GATED, self.spec.bias
         gate = (
             checkpoint_name(_linear("BTD,DF->BTF", x_BTD, self.gate, bias and self.gate_bias), "gate")
             if gated

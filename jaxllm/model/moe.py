@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.kernels.experts import block_size, rows_needed
-from jaxllm.model.mlp import GATES, Mlp, activate
+from jaxllm.model.mlp import GATED, Mlp, activate
 from jaxllm.model.param import normal, zeros
 from jaxllm.model.spec import MlpSpec, ModelConfig, MoeSpec
 from jaxllm.weights.seam import einsum, grouped_matmul, unwrap
@@ -41,19 +41,29 @@ class Moe(nnx.Module):
         self.spec = spec
         D, F, E = config.embed, spec.ffw, spec.experts
         self.router = normal(rngs, (D, E), ("embed", None), fan_in=D)
+        if spec.router_bias:
+            self.router_bias = zeros((E,), (None,))
         if spec.balance == "bias":
             self.bias = zeros((E,), (None,))
-        if spec.activation in GATES:
+        if spec.activation in GATED:
             self.gate = normal(rngs, (E, D, F), ("expert", "embed", "ffw"), fan_in=D)
         self.up = normal(rngs, (E, D, F), ("expert", "embed", "ffw"), fan_in=D)
         gain = (2 * config.layers) ** -0.5
         self.down = normal(rngs, (E, F, D), ("expert", "ffw", "embed"), fan_in=F, gain=gain)
+        if spec.bias:
+            if spec.activation in GATED:
+                self.gate_bias = zeros((E, F), ("expert", "ffw"))
+            self.up_bias = zeros((E, F), ("expert", "ffw"))
+            self.down_bias = zeros((E, D), ("expert", "embed"))
         if spec.shared_ffw:
-            self.shared = Mlp(MlpSpec(ffw=spec.shared_ffw, activation=spec.activation), config, rngs)
+            shared = MlpSpec(ffw=spec.shared_ffw, activation=spec.activation, bias=spec.bias)
+            self.shared = Mlp(shared, config, rngs)
 
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, MoeAux]:
         """`(y_BTD, aux)`; `real_BT` marks the tokens that count in the losses and take capacity."""
         logits_BTE = einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.router)
+        if self.spec.router_bias:
+            logits_BTE = logits_BTE + unwrap(self.router_bias)
         scores_BTE = jax.nn.softmax(logits_BTE) if self.spec.score == "softmax" else jax.nn.sigmoid(logits_BTE)
         chosen_BTX, gates_BTX = self._choose(scores_BTE)
         mix = self._dropless if self.spec.capacity_factor is None else self._with_capacity
@@ -67,11 +77,22 @@ class Moe(nnx.Module):
         ranking = jax.lax.stop_gradient(scores_BTE)
         if self.spec.balance == "bias":
             ranking = ranking + jax.lax.stop_gradient(unwrap(self.bias))
+        if self.spec.groups > 1:
+            ranking = self._within_best_groups(ranking)
         _, chosen_BTX = jax.lax.top_k(ranking, self.spec.experts_per_token)
         gates_BTX = jnp.take_along_axis(scores_BTE, chosen_BTX, axis=-1)
         if self.spec.renormalize:
             gates_BTX = gates_BTX / (jnp.sum(gates_BTX, axis=-1, keepdims=True) + 1e-20)
         return chosen_BTX, gates_BTX * self.spec.scale
+
+    def _within_best_groups(self, ranking_BTE):
+        """The ranking with -inf for experts outside of a token's best groups (DeepSeek-V2, section 2.2.2)."""
+        spec = self.spec
+        grouped = ranking_BTE.reshape(*ranking_BTE.shape[:2], spec.groups, -1)
+        best, _ = jax.lax.top_k(grouped, 1 if spec.group_score == "max" else 2)
+        _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), spec.groups_per_token)
+        allowed = jnp.any(jax.nn.one_hot(chosen, spec.groups, dtype=bool), axis=2)
+        return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(ranking_BTE.shape)
 
     def _dropless(self, x_BTD, chosen_BTX, gates_BTX, real_BT):
         """Every choice is computed: rows are sorted by expert and multiplied group by group."""
@@ -82,7 +103,12 @@ class Moe(nnx.Module):
         row_of_slot = jnp.full((rows_needed(B * T * X, E, block),), B * T, jnp.int32)
         row_of_slot = row_of_slot.at[slot_R].set(jnp.arange(B * T * X, dtype=jnp.int32) // X)
         x_MD = jnp.take(x_BTD.reshape(B * T, D), row_of_slot, axis=0, mode="fill", fill_value=0)
-        y_MD = self._experts(lambda x, w: grouped_matmul(x, w, sizes_E, block=block), x_MD)
+
+        def spread(bias):
+            expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_MD.shape[0]), side="right")
+            return jnp.take(bias, expert_M, axis=0, mode="clip")  # nobody reads the rows after the last expert's
+
+        y_MD = self._experts(lambda x, w: grouped_matmul(x, w, sizes_E, block=block), spread, x_MD)
         y_BTXD = y_MD[slot_R].reshape(B, T, X, D)
         return jnp.einsum("BTXD,BTX->BTD", y_BTXD, gates_BTX), jnp.ones(chosen_BTX.shape, bool)
 
@@ -103,17 +129,23 @@ class Moe(nnx.Module):
         token_BS = jnp.full((B, E * C), T, jnp.int32).at[row_B1, slot_BR].set(token_R, mode="drop")
         padded_BTD = jnp.concatenate([x_BTD, jnp.zeros((B, 1, D), x_BTD.dtype)], axis=1)
         x_BECD = padded_BTD[row_B1, token_BS].reshape(B, E, C, D)
-        y_BECD = self._experts(lambda x, w: einsum("BECD,EDF->BECF", x, w), x_BECD)
+        y_BECD = self._experts(lambda x, w: einsum("BECD,EDF->BECF", x, w), lambda bias: bias[:, None], x_BECD)
         y_BSD = y_BECD.reshape(B, E * C, D)
         y_BRD = jnp.where(keep_BR[..., None], y_BSD[row_B1, jnp.minimum(slot_BR, E * C - 1)], 0)
         y_BTXD = jnp.swapaxes(y_BRD.reshape(B, X, T, D), 1, 2)
         kept_BTX = jnp.swapaxes(keep_BR.reshape(B, X, T), 1, 2)
         return jnp.einsum("BTXD,BTX->BTD", y_BTXD, gates_BTX), kept_BTX
 
-    def _experts(self, matmul, x):
-        gate = checkpoint_name(matmul(x, self.gate), "gate") if self.spec.activation in GATES else None
-        up = checkpoint_name(matmul(x, self.up), "up")
-        return matmul(activate(self.spec.activation, gate, up), self.down)
+    def _experts(self, matmul, spread, x):
+        """The experts on rows x; `spread` lays a bias with a row an expert out to be added to them."""
+
+        def linear(name, x):
+            y = matmul(x, getattr(self, name))
+            return y + spread(unwrap(getattr(self, f"{name}_bias"))).astype(y.dtype) if self.spec.bias else y
+
+        gate = checkpoint_name(linear("gate", x), "gate") if self.spec.activation in GATED else None
+        up = checkpoint_name(linear("up", x), "up")
+        return linear("down", activate(self.spec.activation, gate, up))
 
     def _aux(self, logits_BTE, scores_BTE, chosen_BTX, kept_BTX, real_BT) -> MoeAux:
         spec, E = self.spec, self.spec.experts

@@ -25,11 +25,20 @@ def ones(shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32), axes=tuple(axes))
 
 
-def rms(x, scale, eps: float):
-    """RMSNorm over the last axis, in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+def norm_scale(config: ModelConfig, shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
+    """The weight of a norm that starts as the identity."""
+    return zeros(shape, axes) if config.norm == "rms_unit_offset" else ones(shape, axes)
+
+
+def rms(config: ModelConfig, x, scale, eps: float | None = None):
+    """RMSNorm over the last axis, in float32 (Zhang and Sennrich 2019, arXiv 1910.07467).
+
+    `norm=rms_unit_offset` stores weights less one (Gemma). `eps` replaces the model's.
+    """
     x32 = x.astype(jnp.float32)
-    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (y * unwrap(scale).astype(jnp.float32)).astype(x.dtype)
+    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + (config.norm_eps if eps is None else eps))
+    scale = unwrap(scale).astype(jnp.float32)
+    return (y * (1 + scale if config.norm == "rms_unit_offset" else scale)).astype(x.dtype)
 
 
 class Norm(nnx.Module):
@@ -37,13 +46,13 @@ class Norm(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        self.scale = ones((config.embed,), ("embed",))
+        self.scale = norm_scale(config, (config.embed,), ("embed",))
         if config.norm == "layer":
             self.bias = zeros((config.embed,), ("embed",))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        if self.config.norm == "rms":
-            return rms(x_BTD, self.scale, self.config.norm_eps)
+        if self.config.norm != "layer":
+            return rms(self.config, x_BTD, self.scale)
         x = x_BTD.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)

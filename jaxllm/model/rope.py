@@ -15,9 +15,10 @@ from jaxllm.model.spec import RopeSpec
 def frequencies(rope: RopeSpec, head: int, length=None) -> tuple[jax.Array | np.ndarray, float]:
     """Angles per position `f_R` (radians), and the factor on cos and sin.
 
-    `length` (traced, `[B, 1]`) matters to dynamic NTK only, which then returns `f_BR`. Sources: linear, Chen et al.
-    2023 (arXiv 2306.15595); YaRN, Peng et al. 2023 (arXiv 2309.00071), sections 3.1 to 3.4 and NTK-aware and dynamic
-    scaling in appendix A; Llama 3.1, the published reference implementation.
+    `length` (traced, `[B, 1]`) matters to dynamic NTK only, which then returns `f_BR`; LongRoPE returns `f_2R`, for
+    short rows and for long ones. Sources: linear, Chen et al. 2023 (arXiv 2306.15595); YaRN, Peng et al. 2023 (arXiv
+    2309.00071), sections 3.1 to 3.4 and NTK-aware and dynamic scaling in appendix A; LongRoPE, Ding et al. 2024 (arXiv
+    2402.13753), equation 1 and section 3.3; Llama 3.1, the published reference implementation.
     """
     dims = int(head * rope.fraction)
     exponent = np.arange(0, dims, 2) / dims
@@ -30,7 +31,10 @@ def frequencies(rope: RopeSpec, head: int, length=None) -> tuple[jax.Array | np.
         stretch = jnp.maximum(rope.factor * length / rope.original_context - (rope.factor - 1), 1.0)
         return (rope.base * stretch ** (dims / (dims - 2))) ** -exponent, 1.0
     if rope.scaling == "yarn":
-        return _yarn(rope, plain, dims), rope.attention_factor or 0.1 * math.log(rope.factor) + 1.0
+        factor = rope.attention_factor
+        return _yarn(rope, plain, dims), 0.1 * math.log(rope.factor) + 1.0 if factor is None else factor
+    if rope.scaling == "longrope":
+        return _longrope(rope, plain)
     if rope.scaling == "llama3":
         return _llama3(rope, plain), 1.0
     return plain, 1.0
@@ -42,10 +46,20 @@ def _yarn(rope: RopeSpec, plain, dims: int):
     def dim_of(turns):  # the dimension that makes this many turns in the original context
         return dims * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
 
-    low = max(math.floor(dim_of(rope.beta_fast)), 0)
-    high = min(math.ceil(dim_of(rope.beta_slow)), dims - 1)
+    low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
     ramp = np.clip((np.arange(dims // 2) - low) / max(high - low, 0.001), 0, 1)
     return plain / rope.factor * ramp + plain * (1 - ramp)
+
+
+def _longrope(rope: RopeSpec, plain):
+    """Each wavelength by its own factor, searched for; those for long rows would harm short ones (section 3.3)."""
+    factor = rope.attention_factor
+    if factor is None:
+        factor = math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_context))
+    return plain / np.array([rope.short_factors, rope.long_factors], np.float64), factor
 
 
 def _llama3(rope: RopeSpec, plain):
@@ -56,17 +70,38 @@ def _llama3(rope: RopeSpec, plain):
     return plain * blend + plain / rope.factor * (1 - blend)
 
 
-def tables(rope: RopeSpec, head: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def tables(rope: RopeSpec, head: int, positions_BT: jax.Array, lengths_B=None) -> tuple[jax.Array, jax.Array]:
     """`cos_BTR, sin_BTR` in float32.
 
-    Dynamic NTK reads the longest position of each row, so past the original context a token's angles depend on how
-    long its row is; that is how the method is defined.
+    With dynamic NTK and LongRoPE a token's angles depend on how long its row is; that is how they are defined.
+    `lengths_B` says it where `positions_BT` holds a part of the row; by default it is read off them.
     """
-    length_B1 = jnp.max(positions_BT, axis=1, keepdims=True) + 1 if rope.scaling == "dynamic_ntk" else None
-    angle, factor = frequencies(rope, head, length_B1)
-    angle = jnp.asarray(angle, jnp.float32)
-    angle_BTR = positions_BT[..., None].astype(jnp.float32) * (angle[:, None] if angle.ndim == 2 else angle)
+    if rope.by_length and lengths_B is None:
+        lengths_B = jnp.max(positions_BT, axis=1) + 1
+    found, factor = frequencies(rope, head, lengths_B[:, None] if rope.by_length else None)
+    if rope.scaling == "dynamic_ntk":
+        angle_BTR = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(found, jnp.float32)[:, None]
+    elif rope.scaling == "longrope":
+        short_BTR, long_BTR = (angles(f_R, positions_BT) for f_R in found)
+        angle_BTR = jnp.where(lengths_B[:, None, None] > rope.original_context, long_BTR, short_BTR)
+    else:
+        angle_BTR = angles(found, positions_BT)
     return jnp.cos(angle_BTR) * factor, jnp.sin(angle_BTR) * factor
+
+
+def angles(frequency_R: np.ndarray, positions_BT: jax.Array) -> jax.Array:
+    """position * frequency in radians, from -pi to pi, for positions up to 2^24.
+
+    A float32 product is wrong by position * 6e-8 (0.002 rad at 32,768), so turns are counted in integers: 2^32 to a
+    turn, which wrap around by themselves, and 8 bits more for what they leave out. What is left is position * 3e-12
+    from rounding the frequency and 4e-7 from rounding the result.
+    """
+    turns = np.mod(frequency_R / (2 * np.pi), 1.0)
+    fixed = np.round(turns * 2.0**40).astype(np.uint64)
+    high_R, low_R = (jnp.asarray(x, jnp.uint32) for x in (fixed >> np.uint64(8), fixed & np.uint64(255)))
+    position_BT1 = positions_BT[..., None].astype(jnp.uint32)
+    wrapped_BTR = position_BT1 * high_R + (position_BT1 * low_R >> 8)
+    return jax.lax.bitcast_convert_type(wrapped_BTR, jnp.int32).astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
 
 
 def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:

@@ -1,11 +1,25 @@
 """What a model is: frozen, hashable settings. `transformer.py` computes what they say; nothing else defines a model."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from jaxllm.config import settings
+from jaxllm.model.layer import AttnSpec, LatentSpec, LayerSpec, MlpSpec, MoeSpec, RopeSpec
 
-Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu2"]
+__all__ = [
+    "AttnSpec",
+    "Kernels",
+    "LatentSpec",
+    "LayerSpec",
+    "MlpSpec",
+    "ModelConfig",
+    "MoeSpec",
+    "RopeSpec",
+    "fold",
+    "remat_policy_names",
+    "with_rope",
+]
 
 #: Values that rematerialisation can keep or offload, in the order in which a layer makes them.
 REMAT_NAMES = ("q", "k", "v", "attention", "attention_out", "gate", "up", "mlp_out")
@@ -14,168 +28,6 @@ REMAT_PRESETS = {
     "minimal": REMAT_NAMES,
     "offload_qkv": ("offload:q", "offload:k", "offload:v"),
 }
-
-
-def _refuse(**ignored):
-    """Raises ValueError for settings that are set and would do nothing: name=(value, default, why)."""
-    for name, (value, default, why) in ignored.items():
-        if value != default:
-            raise ValueError(f"{name}={value} would be ignored: {why}")
-
-
-@settings
-class RopeSpec:
-    """Rotary position embeddings (Su et al. 2021, arXiv 2104.09864) and their extensions to longer contexts."""
-
-    base: float = 10_000.0
-    """Base of the wavelengths (theta)."""
-    fraction: float = 1.0
-    """Share of the head dimension that is rotated (partial rotary)."""
-    scaling: Literal["none", "linear", "ntk", "dynamic_ntk", "yarn", "llama3"] = "none"
-    """How the wavelengths stretch for a longer context."""
-    factor: float = 1.0
-    """Longer context over original context."""
-    original_context: int | None = None
-    """Context the model was trained with before scaling (dynamic_ntk, yarn, llama3)."""
-    beta_fast: float = 32.0
-    """YaRN: dimensions that turn more often than this in the original context stay as they are."""
-    beta_slow: float = 1.0
-    """YaRN: dimensions that turn less often than this are interpolated."""
-    attention_factor: float | None = None
-    """YaRN: factor on cos and sin; null means 0.1 ln(factor) + 1."""
-    low_freq_factor: float = 1.0
-    """Llama 3: wavelengths above original_context / this are interpolated."""
-    high_freq_factor: float = 4.0
-    """Llama 3: wavelengths below original_context / this stay as they are."""
-
-    def __post_init__(self):
-        if self.base <= 0 or self.factor < 1 or not 0 < self.fraction <= 1:
-            raise ValueError(f"rope needs base > 0, factor >= 1, 0 < fraction <= 1; got {self}")
-        if self.scaling == "none":
-            _refuse(factor=(self.factor, 1.0, "set scaling, such as scaling=yarn"))
-        needs_original = self.scaling in ("dynamic_ntk", "yarn", "llama3")
-        if needs_original and self.original_context is None:
-            raise ValueError(f"rope scaling {self.scaling} needs original_context, the context before scaling")
-        if not needs_original:
-            _refuse(original_context=(self.original_context, None, f"scaling {self.scaling} does not read it"))
-        if self.scaling != "yarn":
-            why = "only scaling=yarn reads it"
-            _refuse(beta_fast=(self.beta_fast, 32.0, why), beta_slow=(self.beta_slow, 1.0, why))
-            _refuse(attention_factor=(self.attention_factor, None, why))
-        if self.scaling != "llama3":
-            why = "only scaling=llama3 reads it"
-            _refuse(
-                low_freq_factor=(self.low_freq_factor, 1.0, why), high_freq_factor=(self.high_freq_factor, 4.0, why)
-            )
-
-
-@settings
-class AttnSpec:
-    """Causal self-attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245)."""
-
-    heads: int
-    """Query heads."""
-    kv_heads: int | None = None
-    """Key and value heads: null means as many as heads (multi-head), 1 is multi-query."""
-    head: int | None = None
-    """Dimension of a head; null means embed / heads."""
-    rope: RopeSpec | None = RopeSpec()
-    """Rotary positions; null for none."""
-    alibi: bool = False
-    """Linear distance penalties instead of rotary positions (Press et al. 2022)."""
-    window: int | None = None
-    """Sliding window: a query sees this many positions, itself included; null sees all."""
-    scale: float | None = None
-    """Factor on the logits; null means head ** -0.5."""
-    softcap: float | None = None
-    """Logits become softcap * tanh(logits / softcap)."""
-    qk_norm: Literal["head", "all"] | None = None
-    """RMSNorm of queries and keys, per head (Qwen3, Gemma 3) or over all heads together (OLMo 2)."""
-    sinks: bool = False
-    """A learned logit per head that takes part in the softmax and holds no value (GPT-OSS)."""
-    qkv_bias: bool = False
-    """Biases on the query, key and value projections."""
-    out_bias: bool = False
-    """Bias on the output projection."""
-
-    def __post_init__(self):
-        if self.heads < 1 or self.heads % (self.kv_heads or self.heads):
-            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
-        if self.alibi and self.rope is not None:
-            raise ValueError("alibi=true and rope are both set; set rope to null")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1")
-
-
-@settings
-class MlpSpec:
-    """Feed-forward layer: gated (SwiGLU, GeGLU; Shazeer 2020, arXiv 2002.05202) or plain (GELU, ReLU squared)."""
-
-    ffw: int
-    """Hidden width."""
-    activation: Activation = "swiglu"
-    """swiglu, geglu and geglu_tanh are gated; gelu, gelu_tanh and relu2 have two matrices."""
-    bias: bool = False
-    """Biases on all its projections."""
-
-
-@settings
-class MoeSpec:
-    """Mixture of experts: a router sends each token to a few feed-forward layers (Shazeer et al. 2017)."""
-
-    experts: int
-    """Number of routed experts."""
-    experts_per_token: int = 2
-    """Experts chosen for each token (top-k)."""
-    ffw: int
-    """Hidden width of one expert."""
-    activation: Activation = "swiglu"
-    """As for the dense layer."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """Router scores: softmax over the experts, or a sigmoid of each (DeepSeek-V3)."""
-    renormalize: bool = True
-    """Whether the chosen scores are divided by their sum (Mixtral: yes; OLMoE: no)."""
-    scale: float = 1.0
-    """Factor on the routed output (DeepSeek-V3: 2.5)."""
-    shared_ffw: int = 0
-    """Hidden width of the shared expert that every token passes; 0 for none."""
-    capacity_factor: float | None = None
-    """Tokens an expert takes from a row, over its fair share; the rest are dropped. Null drops none. Not causal: a
-    later token's first choice goes before an earlier one's second (as in GShard)."""
-    balance: Literal["sequence", "batch", "bias", "none"] = "sequence"
-    """Load balancing: a loss per row or over the batch, a router bias without a loss (arXiv 2408.15664), or none."""
-    balance_coef: float | None = None
-    """Weight of the balancing loss; null means 0.01."""
-    bias_rate: float | None = None
-    """balance=bias: change of the bias in a step; null means 0.001."""
-    z_coef: float = 0.001
-    """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, equation 5)."""
-
-    def __post_init__(self):
-        if not 1 <= self.experts_per_token <= self.experts:
-            raise ValueError(f"experts_per_token={self.experts_per_token} must lie in 1 to experts={self.experts}")
-        if self.balance not in ("sequence", "batch"):
-            _refuse(balance_coef=(self.balance_coef, None, f"balance={self.balance} has no loss"))
-        if self.balance != "bias":
-            _refuse(bias_rate=(self.bias_rate, None, f"balance={self.balance} has no bias"))
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or null to drop no token")
-
-
-@settings
-class LayerSpec:
-    """One decoder layer: attention, then a dense or a mixture-of-experts feed-forward layer."""
-
-    attn: AttnSpec
-    """The attention of this layer."""
-    mlp: MlpSpec | None = None
-    """Dense feed-forward layer; exactly one of mlp and moe is set."""
-    moe: MoeSpec | None = None
-    """Mixture-of-experts layer."""
-
-    def __post_init__(self):
-        if (self.mlp is None) == (self.moe is None):
-            raise ValueError("a layer has exactly one of mlp and moe")
 
 
 @settings
@@ -196,8 +48,8 @@ class ModelConfig:
     """Longest sequence the model is meant for."""
     positions: Literal["none", "learned", "sinusoidal"] = "none"
     """Absolute positions added to the embeddings (rotary ones and ALiBi belong to the attention)."""
-    norm: Literal["rms", "layer"] = "rms"
-    """RMSNorm, or LayerNorm with a bias."""
+    norm: Literal["rms", "rms_unit_offset", "layer"] = "rms"
+    """RMSNorm; the same with weights stored less one (Gemma); or LayerNorm with a bias."""
     norm_placement: Literal["pre", "post", "both"] = "pre"
     """pre: x + f(norm(x)); post: x + norm(f(x)) (OLMo 2); both: x + norm(f(norm(x))) (Gemma 2)."""
     norm_eps: float = 1e-6
@@ -232,13 +84,38 @@ class ModelConfig:
         if attn.head is None and self.embed % attn.heads:
             raise ValueError(f"embed={self.embed} does not divide by heads={attn.heads}; set attn.head, or other heads")
         if attn.rope:
-            rotated = int(self.head_dim(attn) * attn.rope.fraction)
-            least = 4 if attn.rope.scaling in ("ntk", "dynamic_ntk") else 2  # NTK divides by the dimensions less 2
-            if rotated % 2 or rotated < least:
-                raise ValueError(f"rope needs an even head * fraction of at least {least}, got {rotated}")
+            self._check_rope(attn.rope, int(self.rope_dim(attn) * attn.rope.fraction))
+
+    def _check_rope(self, rope: RopeSpec, rotated: int):
+        least = 4 if rope.scaling in ("ntk", "dynamic_ntk") else 2  # NTK divides by the dimensions less 2
+        if rotated % 2 or rotated < least:
+            raise ValueError(f"rope needs an even head * fraction of at least {least}, got {rotated}")
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(rope, name)
+            if factors is not None and len(factors) != rotated // 2:
+                raise ValueError(
+                    f"rope.{name} has {len(factors)} numbers, but {rotated} rotated dimensions need {rotated // 2}"
+                )
 
     def head_dim(self, attn: AttnSpec) -> int:
+        """Dimension of a head; with latent attention the part of queries and keys that has no position."""
         return attn.head or self.embed // attn.heads
+
+    def qk_dim(self, attn: AttnSpec) -> int:
+        """Dimension of a query and a key."""
+        return self.head_dim(attn) + (attn.latent.rope_head if attn.latent else 0)
+
+    def v_dim(self, attn: AttnSpec) -> int:
+        """Dimension of a value."""
+        return attn.latent.v_head if attn.latent else self.head_dim(attn)
+
+    def attention_dim(self, attn: AttnSpec) -> float:
+        """Mean of both: what one query costs for each key and head, in multiply-adds, is twice this."""
+        return (self.qk_dim(attn) + self.v_dim(attn)) / 2
+
+    def rope_dim(self, attn: AttnSpec) -> int:
+        """The dimensions that rotary positions may turn; `rope.fraction` of them are turned."""
+        return attn.latent.rope_head if attn.latent else self.head_dim(attn)
 
     @property
     def periods(self) -> int:
@@ -294,3 +171,20 @@ def with_rope(config: ModelConfig, **changes) -> ModelConfig:
         return dataclasses.replace(spec, attn=attn)
 
     return dataclasses.replace(config, pattern=tuple(map(swap, config.pattern)), prefix=tuple(map(swap, config.prefix)))
+
+
+def fold(layers: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec, ...]]:
+    """The shortest `(prefix, pattern)` whose `ModelConfig.layer_specs` are these layers.
+
+    At equal length the one that leaves fewer layers to the suffix, then the one with less prefix. Example: three dense
+    layers, then 58 with experts -> a prefix of three and a pattern of one.
+    """
+    kinds = {spec: i for i, spec in enumerate(dict.fromkeys(layers))}
+    ids, n = [kinds[spec] for spec in layers], len(layers)
+    for total in range(1, n + 1):
+        # From `total` on, every layer equals the one a period before it.
+        starts = [start for start in range(total) if ids[total:] == ids[start : n - total + start]]
+        if starts:
+            start = min(starts, key=lambda start: (n - start) % (total - start))
+            return tuple(layers[:start]), tuple(layers[start:total])
+    raise ValueError("fold needs at least one layer")

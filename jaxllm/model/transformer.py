@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
+from jaxllm.errors import UserError
 from jaxllm.model.attention import Attention
 from jaxllm.model.cache import Cache
+from jaxllm.model.latent import LatentAttention
 from jaxllm.model.mlp import Mlp
 from jaxllm.model.moe import Moe, MoeAux
 from jaxllm.model.param import Norm, dropout, normal
@@ -30,7 +32,7 @@ class Block(nnx.Module):
 
     def __init__(self, spec: LayerSpec, config: ModelConfig, rngs: nnx.Rngs):
         self.spec, self.config = spec, config
-        self.attn = Attention(spec.attn, config, rngs)
+        self.attn = (Attention if spec.attn.latent is None else LatentAttention)(spec.attn, config, rngs)
         if spec.mlp is not None:
             self.mlp = Mlp(spec.mlp, config, rngs)
         else:
@@ -42,7 +44,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, context: "Context", cache=None, key=None) -> tuple[jax.Array, Any, MoeAux | None]:
         keys = (None, None) if key is None else jax.random.split(key)
-        rope = context.rope(self.spec.attn.rope, self.config.head_dim(self.spec.attn))
+        rope = context.rope(self.spec.attn.rope, self.config.rope_dim(self.spec.attn))
         h, cache = self.attn(
             self._before(x_BTD, "attn"),
             positions_BT=context.positions_BT,
@@ -111,13 +113,14 @@ class Transformer(nnx.Module):
         *,
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
+        lengths_B: jax.Array | None,
         cache: Cache | None,
         key: jax.Array | None,
         sharding: Sharding,
         kernels: Kernels,
     ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
         """`(hidden_BTD, cache, aux)`; see `Model.apply`."""
-        context = self._context(tokens_BT, positions_BT, segments_BT, sharding, kernels)
+        context = self._context(positions_BT, segments_BT, lengths_B, cache, sharding, kernels)
         x_BTD = self._embed(tokens_BT, context, key)
         run = Run(self.config, context, key, caches=list(cache) if cache is not None else None)
         for slot, block in self.prefix.items():
@@ -129,14 +132,17 @@ class Transformer(nnx.Module):
             x_BTD = run.layer(block, x_BTD, ("suffix", slot))
         return self.norm(x_BTD), tuple(run.caches) if cache is not None else None, run.aux()
 
-    def _context(self, tokens_BT, positions_BT, segments_BT, sharding, kernels) -> Context:
+    def _context(self, positions_BT, segments_BT, lengths_B, cache, sharding, kernels) -> Context:
         specs = [s.attn for s in self.config.layer_specs if s.attn.rope is not None]
-        ropes = tuple(dict.fromkeys((attn.rope, self.config.head_dim(attn)) for attn in specs))
+        ropes = tuple(dict.fromkeys((attn.rope, self.config.rope_dim(attn)) for attn in specs))
+        by_length = [rope.scaling for rope, _ in ropes if rope.by_length]
+        if by_length and cache is not None and lengths_B is None:
+            raise UserError(f"rope scaling {by_length[0]} goes by how long a row will be: give lengths_B with a cache")
         return Context(
             positions_BT=positions_BT,
             segments_BT=segments_BT,
             real_BT=positions_BT >= 0 if segments_BT is None else segments_BT > 0,
-            tables=tuple(tables(*pair, positions_BT) for pair in ropes),
+            tables=tuple(tables(*pair, positions_BT, lengths_B) for pair in ropes),
             ropes=ropes,
             sharding=sharding,
             attention=kernels.attention if sharding.mesh.shape["context"] == 1 else "reference",

@@ -35,7 +35,7 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for pattern, peak in PEAKS if re.search(pattern, device_kind)), None)
 
 
-def flops_per_token(active: int, layers: Iterable[tuple[int, int, int | None]], length: int) -> float:
+def flops_per_token(active: int, layers: Iterable[tuple[int, float, int | None]], length: int) -> float:
     """FLOPs of forward and backward pass for one token, in the mean over a row of `length` tokens.
 
     6 * active + the sum over layers of 12 * heads * head_dim * keys (PaLM, Chowdhery et al. 2022, appendix B).

@@ -59,6 +59,22 @@ def test_blockwise_equals_reference(T, N, K, window, softcap, alibi, sinks, pack
     assert tiny.worst(gradients, expected_gradients) < 5e-6
 
 
+@pytest.mark.parametrize("width", [3, 11])
+def test_values_may_have_another_width_than_keys(width):
+    """Blockwise equals the reference, and column by column both equal what square values give."""
+    (q, k, v, sinks), do, slopes, where = inputs(300, 4, 2, True, True, True)
+    v, do = (jnp.concatenate([x, 0.5 - x], axis=-1)[..., :width] for x in (v, do))
+    form, got = Form(0.7, 40, 3.0), {}
+    for kind in ("reference", "blockwise"):
+        got[kind] = output_and_gradients((q, k, v, sinks), do, slopes, where, form, kind)
+        square = (q, k, jnp.tile(v[..., :1], H), sinks), jnp.tile(do[..., :1], H), slopes, where
+        first = output_and_gradients(*square, form, kind)
+        assert got[kind][0].shape == do.shape
+        assert tiny.relative(got[kind][0][..., 0], first[0][..., 0]) < 1e-6
+        assert tiny.relative(got[kind][1][2][..., 0], first[1][2][..., 0]) < 1e-6
+    assert tiny.worst(got["blockwise"], got["reference"]) < 5e-6
+
+
 @pytest.mark.fast
 def test_blockwise_in_bfloat16_stays_near_float32():
     """Rounding of inputs and outputs to 8 bits: within 2 % of the largest entry, sums in float32."""

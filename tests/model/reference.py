@@ -51,10 +51,14 @@ def _at(stacked, i):
 
 
 def norm(config, w, x):
-    if config.norm == "rms":
-        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * w["scale"]
+    if config.norm != "layer":
+        return rms(config, w["scale"], x, config.norm_eps)
     mean, var = np.mean(x, -1, keepdims=True), np.var(x, -1, keepdims=True)
     return (x - mean) / np.sqrt(var + config.norm_eps) * w["scale"] + w["bias"]
+
+
+def rms(config, scale, x, eps):
+    return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + eps) * (scale + (config.norm == "rms_unit_offset"))
 
 
 def _sinusoidal(positions, embed):
@@ -68,16 +72,8 @@ def _sinusoidal(positions, embed):
 
 def attend(config, attn, w, x, positions, segments):
     T, N, K = len(x), attn.heads, attn.kv_heads or attn.heads
-    H = attn.head or config.embed // N
-    q, k, v = (np.stack([x @ w[name][:, n] for n in range(w[name].shape[1])]) for name in "qkv")  # [heads, T, H]
-    if attn.qkv_bias:
-        q, k, v = q + w["q_bias"][:, None], k + w["k_bias"][:, None], v + w["v_bias"][:, None]
-    if attn.qk_norm:
-        q, k = (_qk_norm(attn, y, w[name], config.norm_eps) for y, name in ((q, "q_norm"), (k, "k_norm")))
-    if attn.rope:
-        longest = max(positions) + 1
-        q, k = (np.stack([_turn(attn.rope, y, positions, longest) for y in heads]) for heads in (q, k))
-    out = np.zeros((T, config.embed))
+    q, k, v = (latent_project if attn.latent else project)(config, attn, w, x, positions)  # each [heads, T, dim]
+    H, out = q.shape[-1], np.zeros((T, config.embed))
     for n in range(N):
         for t in range(T):
             seen = [s for s in range(T) if segments[s] == segments[t] and positions[s] <= positions[t]]
@@ -95,10 +91,36 @@ def attend(config, attn, w, x, positions, segments):
     return out + w["o_bias"] if attn.out_bias else out
 
 
-def _qk_norm(attn, y, scale, eps):
-    axes = -1 if attn.qk_norm == "head" else (0, -1)
-    scale = scale if attn.qk_norm == "head" else scale[:, None]
-    return y / np.sqrt(np.mean(y**2, axes, keepdims=True) + eps) * scale
+def project(config, attn, w, x, positions):
+    q, k, v = (np.stack([x @ w[name][:, n] for n in range(w[name].shape[1])]) for name in "qkv")
+    if attn.qkv_bias:
+        q, k, v = q + w["q_bias"][:, None], k + w["k_bias"][:, None], v + w["v_bias"][:, None]
+    if attn.qk_norm:
+        q, k = (_qk_norm(config, attn, y, w[name]) for y, name in ((q, "q_norm"), (k, "k_norm")))
+    if attn.rope:
+        q, k = (np.stack([_turn(attn.rope, y, positions) for y in heads]) for heads in (q, k))
+    return q, k, v
+
+
+def latent_project(config, attn, w, x, positions):
+    """DeepSeek-V2, appendix C, equations 37 to 47."""
+    turn = lambda y: _turn(attn.rope, y, positions) if attn.rope else y  # noqa: E731
+    eps, heads, H = attn.latent.norm_eps, range(attn.heads), attn.head or config.embed // attn.heads
+    from_q, up = (x, w["q"]) if attn.latent.q_rank is None else (x @ w["q_down"], w.get("q_up"))
+    if attn.latent.q_rank is not None:
+        from_q = rms(config, w["q_norm"], from_q, eps)
+    c, shared = rms(config, w["kv_norm"], x @ w["kv_down"], eps), turn(x @ w["k_rope"])
+    q = [from_q @ up[:, n] for n in heads]
+    q = [np.concatenate([y[:, :H], turn(y[:, H:])], axis=1) for y in q]
+    k = [np.concatenate([c @ w["k_up"][:, n], shared], axis=1) for n in heads]
+    return np.stack(q), np.stack(k), np.stack([c @ w["v_up"][:, n] for n in heads])
+
+
+def _qk_norm(config, attn, y, scale):
+    if attn.qk_norm == "head":
+        return rms(config, scale, y, config.norm_eps)
+    y = np.concatenate(list(y), axis=-1)  # all heads side by side
+    return np.stack(np.split(rms(config, scale.ravel(), y, config.norm_eps), len(scale), axis=-1))
 
 
 def slope(n, heads):
@@ -107,19 +129,23 @@ def slope(n, heads):
     return 2 ** (-8 * (n + 1) / power) if n < power else 2 ** (-8 * (2 * (n - power) + 1) / (2 * power))
 
 
-def _turn(rope, y, positions, longest):
+def _turn(rope, y, positions):
     """Dimensions i and i + R are the real and imaginary parts of a number that turns with the position."""
     half = round(y.shape[1] * rope.fraction) // 2
     turning = y[:, :half] + 1j * y[:, half : 2 * half]
-    angles = [angle_per_position(rope, i, 2 * half, longest) for i in range(half)]
-    turning = turning * np.exp(1j * np.outer(positions, angles)) * yarn_temperature(rope)
+    angles = [angle_per_position(rope, i, 2 * half, max(positions) + 1) for i in range(half)]
+    turning = turning * np.exp(1j * np.outer(positions, angles)) * temperature(rope)
     return np.concatenate([turning.real, turning.imag, y[:, 2 * half :]], axis=1)
 
 
-def yarn_temperature(rope):
-    if rope.scaling != "yarn":
+def temperature(rope):
+    if rope.scaling not in ("yarn", "longrope"):
         return 1.0
-    return rope.attention_factor or 0.1 * math.log(rope.factor) + 1
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.scaling == "longrope":
+        return math.sqrt(1 + math.log(rope.factor, rope.original_context))
+    return 0.1 * math.log(rope.factor) + 1
 
 
 def angle_per_position(rope, i, dims, longest):
@@ -133,9 +159,14 @@ def angle_per_position(rope, i, dims, longest):
         return angle / s
     if rope.scaling == "yarn":
         turns_at = lambda turns: dims * math.log(L / (turns * 2 * math.pi)) / (2 * math.log(base))  # noqa: E731
-        low, high = max(math.floor(turns_at(rope.beta_fast)), 0), min(math.ceil(turns_at(rope.beta_slow)), dims - 1)
+        low, high = turns_at(rope.beta_fast), turns_at(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dims - 1)
         interpolated = min(max((i - low) / max(high - low, 0.001), 0), 1)
         return angle * (1 - interpolated) + angle / s * interpolated
+    if rope.scaling == "longrope":
+        return angle / (rope.long_factors if longest > L else rope.short_factors)[i]
     if rope.scaling == "llama3":
         wavelength = 2 * math.pi / angle
         if wavelength < L / rope.high_freq_factor:
@@ -163,6 +194,9 @@ def feed(mlp, w, x):
     def linear(name, x):
         return x @ w[name] + (w[f"{name}_bias"] if getattr(mlp, "bias", False) else 0)
 
+    if mlp.activation == "swiglu_clamped":
+        gate, up = np.minimum(linear("gate", x), 7), np.clip(linear("up", x), -7, 7)
+        return linear("down", gate / (1 + np.exp(-1.702 * gate)) * (up + 1))
     if mlp.activation in GATED:
         return linear("down", GATED[mlp.activation](linear("gate", x)) * linear("up", x))
     return linear("down", PLAIN[mlp.activation](linear("up", x)))
@@ -170,10 +204,12 @@ def feed(mlp, w, x):
 
 def experts(moe, w, x, real):
     """Each token passes its best experts; with a capacity, first choices go before second ones, early tokens first."""
-    logits = x @ w["router"]
+    logits = x @ w["router"] + (w["router_bias"] if moe.router_bias else 0)
     scores = np.exp(logits - logits.max(-1, keepdims=True))
     scores = scores / scores.sum(-1, keepdims=True) if moe.score == "softmax" else 1 / (1 + np.exp(-logits))
     ranking = scores + w["bias"] if moe.balance == "bias" else scores
+    if moe.groups > 1:
+        ranking = np.stack([within_groups(moe, row) for row in ranking])
     best = np.argsort(-ranking, axis=-1, kind="stable")[:, : moe.experts_per_token]
     out, taken = np.zeros_like(x), np.zeros(moe.experts)
     limit = math.inf
@@ -185,6 +221,14 @@ def experts(moe, w, x, real):
             taken[e] += 1
             if taken[e] <= limit:
                 gate = scores[t, e] / (scores[t, best[t]].sum() if moe.renormalize else 1) * moe.scale
-                part = {name: w[name][e] for name in ("gate", "up", "down") if name in w}
+                part = {name: w[name][e] for name in w if name.removesuffix("_bias") in ("gate", "up", "down")}
                 out[t] += gate * feed(moe, part, x[t : t + 1])[0]
     return out + feed(moe, w["shared"], x) if moe.shared_ffw else out
+
+
+def within_groups(moe, ranking):
+    """DeepSeek-V2, section 2.2.2: the experts of a token's best groups only; V3 ranks groups by their best two."""
+    groups = np.split(ranking, moe.groups)
+    worth = [sum(sorted(group)[-(1 if moe.group_score == "max" else 2) :]) for group in groups]
+    best = np.argsort(worth)[-moe.groups_per_token :]
+    return np.concatenate([group if i in best else np.full_like(group, -np.inf) for i, group in enumerate(groups)])

@@ -9,6 +9,10 @@ from jaxllm import tree
 from jaxllm.errors import SettingsError
 from jaxllm.model.build import active_parameters, check_tokens
 from jaxllm.model.spec import with_rope
+from jaxllm.optim.axes import is_matrix
+
+LATENT = {"kv_heads": None, "latent": {"kv_rank": 12, "q_rank": 8, "rope_head": 4, "v_head": 5}, "sinks": True}
+BIASED = {"bias": True, "router_bias": True, "balance": "bias", "experts_per_token": 3, "shared_ffw": 16}
 
 
 @pytest.mark.fast
@@ -41,6 +45,26 @@ def test_active_parameters_are_those_in_matrix_products(kind):
         if last in ("gate", "up", "down"):
             expected += size // 2 if "/moe/" in path and "/shared/" not in path else size
     assert active == expected
+
+
+def test_active_parameters_of_latent_attention_and_experts_with_biases():
+    """Whatever the optimizer takes for a matrix is in a product; a prefix, two periods and a remainder."""
+    moe = BIASED | {"groups": 2, "groups_per_token": 2, "group_score": "top2"}
+    pattern = [tiny.layer(LATENT, moe=moe), tiny.layer({"qkv_bias": True, "qk_norm": "all"}, {"bias": True})]
+    config = tiny.config(pattern=pattern, prefix=[tiny.layer(LATENT)], layers=6, norm="rms_unit_offset")
+    model = tiny.one_device(config)
+    axes = tree.flatten(model.axes, is_leaf=lambda x: isinstance(x, tuple))
+    expected = 0
+    for path, leaf in tree.flatten(model.abstract).items():
+        if is_matrix(axes[path]) and path != "embed":
+            expected += leaf.size * 3 // 4 if axes[path][-3:-2] == ("expert",) else leaf.size
+    total, active = active_parameters(config, model.abstract)
+    assert (total, active) == (sum(x.size for x in jax.tree.leaves(model.abstract)), expected)
+    # By hand: one latent layer and its experts.
+    latent = 32 * 8 + 8 * 4 * 12 + 32 * 12 + 32 * 4 + 12 * 4 * 8 + 12 * 4 * 5 + 4 * 5 * 32
+    plain = 32 * 8 * (4 + 2 + 2 + 4)
+    experts = 32 * 4 + 3 * 3 * 32 * 24 + 3 * 32 * 16
+    assert active == 61 * 32 + 4 * latent + 2 * plain + 3 * experts + 3 * (3 * 32 * 48)
 
 
 @pytest.mark.fast

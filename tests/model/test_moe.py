@@ -29,35 +29,47 @@ def tokens(seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((4, 16, 32)), np.float32)
 
 
-def all_experts(params, x, score, renormalize):
+def all_experts(params, x, score, renormalize, bias=False):
     """Every expert on every token, masked by the gates."""
-    logits = x @ params["router"]
+    logits = x @ params["router"] + (params["router_bias"] if bias else 0)
+    add = lambda y, name: y + (params[name][:, None] if bias else 0)  # noqa: E731
     scores = jax.nn.softmax(logits) if score == "softmax" else jax.nn.sigmoid(logits)
     kth = jnp.sort(scores, axis=-1)[..., -2, None]
     gates = jnp.where(scores >= kth, scores, 0)
     gates = gates / gates.sum(-1, keepdims=True) if renormalize else gates
-    hidden = jax.nn.silu(jnp.einsum("btd,edf->betf", x, params["gate"]))
-    hidden = hidden * jnp.einsum("btd,edf->betf", x, params["up"])
-    return jnp.einsum("betf,efd,bte->btd", hidden, params["down"], gates)
+    hidden = jax.nn.silu(add(jnp.einsum("btd,edf->betf", x, params["gate"]), "gate_bias"))
+    hidden = hidden * add(jnp.einsum("btd,edf->betf", x, params["up"]), "up_bias")
+    return jnp.einsum("betd,bte->btd", add(jnp.einsum("betf,efd->betd", hidden, params["down"]), "down_bias"), gates)
 
 
-@pytest.mark.parametrize("score,renormalize,block", [("softmax", True, 8), ("sigmoid", False, 8), ("softmax", True, 1)])
-def test_dropless_equals_all_experts_masked_by_gates(monkeypatch, score, renormalize, block):
+@pytest.mark.parametrize(
+    "score,renormalize,block,bias",
+    [
+        ("softmax", True, 8, False),
+        ("sigmoid", False, 8, False),
+        ("softmax", True, 1, False),
+        ("sigmoid", True, 8, True),
+        ("softmax", False, 1, True),
+    ],
+)
+def test_dropless_equals_all_experts_masked_by_gates(monkeypatch, score, renormalize, block, bias):
     """Block 1 is `ragged_dot`, which accelerators run."""
     monkeypatch.setattr(module, "block_size", lambda rows, experts: block)
-    params, f = layer(score=score, renormalize=renormalize)
+    params, f = layer(score=score, renormalize=renormalize, bias=bias, router_bias=bias)
     x, dy = tokens(), tokens(1)
     value = lambda g: jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(g(p, x) * dy), (0, 1)))(params, x)  # noqa: E731
     found = value(lambda p, x: f(p, x)[0])
-    expected = value(lambda p, x: all_experts(p, x, score, renormalize))
+    expected = value(lambda p, x: all_experts(p, x, score, renormalize, bias))
     assert tiny.relative(found[0], expected[0]) < 1e-5
     assert tiny.worst(found[1], expected[1]) < 1e-5
 
 
-def test_with_room_for_all_capacity_equals_dropless():
+@pytest.mark.parametrize("bias", [False, True])
+def test_with_room_for_all_capacity_equals_dropless(bias):
     x = tokens()
-    params, dropless = layer()
-    _, roomy = layer(capacity_factor=2.0)  # 16 tokens * 2 choices / 4 experts * 2 = 16
+    biases = dict(bias=bias, router_bias=bias, shared_ffw=16 if bias else 0)
+    params, dropless = layer(**biases)
+    _, roomy = layer(capacity_factor=2.0, **biases)  # 16 tokens * 2 choices / 4 experts * 2 = 16
     y, aux = roomy(params, x)
     assert tiny.relative(y[REAL], dropless(params, x)[0][REAL]) < 1e-5
     assert not np.any(aux.dropped_B)
@@ -131,6 +143,25 @@ def test_a_balancing_bias_moves_the_choice_but_not_the_weight():
     assert tiny.relative(y, jnp.einsum("betf,efd,bte->btd", hidden, only["down"], scores[..., 2:])) < 1e-5
     assert not np.any(jax.grad(lambda p: jnp.sum(f(p, tokens())[0]))(params)["bias"])
     np.testing.assert_allclose(aux.loss_B, 0.001 * aux.z_B)
+
+
+def test_a_token_chooses_within_its_best_groups():
+    """Groups {0, 1}, {2, 3} and {4, 5}, the router reading six entries of a token as its logits; one group a token."""
+    x = np.zeros((1, 3, 32), np.float32)
+    x[0, :, :6] = [[9, 0, 8, 8, 0, 0], [0, 0, 8, 8, 9, 7.5], [3, 0, 2, 0, 1, 0]]
+    chosen = {}
+    for score in ("max", "top2"):
+        spec = dict(score="sigmoid", groups=3, groups_per_token=1, group_score=score, balance="bias")
+        params, f = layer(experts=6, **spec)
+        params |= {"router": jnp.eye(32, 6) / 4, "bias": jnp.zeros(6)}
+        one = jnp.ones((1, 1), bool)
+        for name, bias in (("plain", 0.0), ("biased", 5.0)):
+            params["bias"] = jnp.zeros(6).at[5].set(bias)
+            loads = [f(params, x[:, t : t + 1], one)[1].load_E for t in range(3)]
+            chosen[score, name] = [np.flatnonzero(load).tolist() for load in loads]
+    assert chosen["max", "plain"] == [[0, 1], [4, 5], [0, 1]]
+    assert chosen["top2", "plain"] == [[2, 3], [4, 5], [0, 1]]
+    assert chosen["max", "biased"] == chosen["top2", "biased"] == [[4, 5]] * 3  # the bias moves groups as well
 
 
 @pytest.mark.fast

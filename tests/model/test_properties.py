@@ -101,6 +101,64 @@ def test_how_layers_run_changes_no_number(mixed, unrolled, remat, kernels):
     assert tiny.worst(gradients, unrolled[1]) < 1e-5
 
 
+LATENT = {"kv_heads": None, "head": 6, "latent": {"kv_rank": 12, "q_rank": 8, "rope_head": 4, "v_head": 5}}
+
+
+@pytest.fixture(scope="module")
+def latent():
+    """Latent attention, experts with biases in groups, norms less one."""
+    moe = {"bias": True, "router_bias": True, "groups": 2, "groups_per_token": 1, "group_score": "top2"}
+    return tiny.config(LATENT, layers=2, moe=moe | {"activation": "swiglu_clamped"}, norm="rms_unit_offset")
+
+
+@pytest.fixture(scope="module")
+def latent_unrolled(latent):
+    return loss_and_gradients(latent, unroll=99)
+
+
+def test_every_weight_of_latent_attention_and_biases_has_a_gradient(latent_unrolled):
+    test_every_weight_has_a_gradient(latent_unrolled)
+
+
+@pytest.mark.parametrize(
+    "remat,kernels",
+    [
+        ("qkv", {"unroll": 0}),
+        ("none", {"unroll": 99, "attention": "reference"}),
+        (("attention", "offload:q", "offload:up"), {"unroll": 0}),
+    ],
+    ids=str,
+)
+def test_how_layers_of_latent_attention_run_changes_no_number(latent, latent_unrolled, remat, kernels):
+    test_how_layers_run_changes_no_number(latent, latent_unrolled, remat, kernels)
+
+
+@pytest.mark.fast
+def test_rematerialisation_keeps_less_of_latent_attention(latent):
+    test_rematerialisation_keeps_less(latent)
+
+
+def test_latent_attention_on_eight_devices_equals_one(latent):
+    one = tiny.one_device(latent)
+    params = tiny.weights(one)
+    many = build(latent, make_sharding(ParallelConfig(fsdp=2, expert=2, tensor=2, rules={"vocab": None})))
+    on_mesh = jax.tree.map(lambda w, a: jax.device_put(w, a.sharding), params, many.abstract)
+    logits = [jax.jit(m.logits)(p, BATCH.tokens_BT, **tiny.where(BATCH)) for m, p in ((one, params), (many, on_mesh))]
+    assert tiny.relative(logits[1], logits[0]) < 1e-5
+
+
+def test_norms_stored_less_one_start_as_plain_ones(latent):
+    """The same function of the same key, with zeros where the others have ones."""
+    out = []
+    for norm in ("rms", "rms_unit_offset"):
+        model = tiny.one_device(dataclasses.replace(latent, norm=norm))
+        params = model.init(jax.random.key(0))
+        out.append(jax.jit(model.logits)(params, BATCH.tokens_BT))
+        starts = {float(w.mean()) for path, w in tiny.tree.flatten(params).items() if path.endswith(("norm", "scale"))}
+        assert starts == {1.0 if norm == "rms" else 0.0}
+    assert tiny.bit_equal(*out)
+
+
 def saved_bytes(config) -> int:
     model = tiny.one_device(config, unroll=0)
     f = lambda p: lm(model, p, BATCH)[0]  # noqa: E731

@@ -14,6 +14,17 @@ from jaxllm.model.spec import ModelConfig
 
 YARN = {"scaling": "yarn", "factor": 4.0, "original_context": 8, "base": 100.0, "beta_fast": 0.25, "beta_slow": 0.02}
 LLAMA3 = {"scaling": "llama3", "factor": 4.0, "original_context": 16, "base": 100.0}
+LONG = {
+    "scaling": "longrope",
+    "factor": 4.0,
+    "original_context": 16,
+    "fraction": 0.5,
+    "short_factors": [1.0, 1.3],
+    "long_factors": [1.7, 9.0],
+}
+LATENT = {"kv_heads": None, "head": 6, "latent": {"kv_rank": 12, "rope_head": 4, "v_head": 5}}
+GROUPS = {"experts": 8, "experts_per_token": 3, "groups": 4, "groups_per_token": 2}
+CLAMPED = {"activation": "swiglu_clamped", "bias": True, "router_bias": True}
 SIGMOID = {"score": "sigmoid", "scale": 2.5, "shared_ffw": 16, "balance": "bias"}
 
 CONFIGS = {
@@ -62,6 +73,34 @@ CONFIGS = {
     "deepseek": tiny.config(prefix=[tiny.layer()], layers=3, moe=SIGMOID),
     "olmoe": tiny.config(
         pattern=[tiny.layer(), tiny.layer(moe={"renormalize": False, "experts_per_token": 3})], layers=5
+    ),
+    "gemma3": tiny.config(
+        pattern=[
+            tiny.layer({"qk_norm": "head", "window": 6}, {"activation": "geglu_tanh"}),
+            tiny.layer({"qk_norm": "all", "rope": {"base": 500.0, "scaling": "linear", "factor": 8.0}}),
+        ],
+        layers=3,
+        norm="rms_unit_offset",
+        norm_placement="both",
+    ),
+    "phi3": tiny.config({"rope": LONG}),
+    "gpt_oss_experts": tiny.config(
+        {"rope": YARN | {"truncate": False}, "sinks": True}, moe=CLAMPED | {"experts": 5, "shared_ffw": 16}
+    ),
+    "biases_and_capacity": tiny.config(moe=CLAMPED | {"capacity_factor": 0.6}),
+    "deepseek_v2": tiny.config(
+        LATENT | {"rope": YARN, "scale": 0.4},
+        prefix=[tiny.layer(LATENT | {"rope": YARN})],
+        layers=3,
+        moe=GROUPS | {"renormalize": False, "group_score": "max"},
+    ),
+    "deepseek_v3": tiny.config(
+        LATENT | {"latent": LATENT["latent"] | {"q_rank": 8, "norm_eps": 0.01}},
+        moe=SIGMOID | GROUPS | {"group_score": "top2"},
+    ),
+    "latent_and_more": tiny.config(
+        LATENT | {"rope": None, "alibi": True, "window": 7, "softcap": 2.0, "sinks": True, "out_bias": True},
+        norm="rms_unit_offset",
     ),
     "capacity": tiny.config(moe={"capacity_factor": 0.6, "activation": "gelu"}),
 }
@@ -115,6 +154,34 @@ CHANGES = [
     ("deepseek", f"{PATTERN}.moe.renormalize", False),
     ("deepseek", f"{PATTERN}.moe.shared_ffw", 0),
     ("olmoe", "pattern.1.moe.renormalize", True),
+    ("gemma3", "norm", "rms"),
+    ("phi3", f"{PATTERN}.attn.rope.short_factors", [1.0, 2.0]),
+    ("phi3", f"{PATTERN}.attn.rope.long_factors", [1.7, 3.0]),
+    ("phi3", f"{PATTERN}.attn.rope.original_context", 30),
+    ("phi3", f"{PATTERN}.attn.rope.original_context", 9),
+    ("phi3", f"{PATTERN}.attn.rope.factor", 1.0),
+    ("gpt_oss_experts", f"{PATTERN}.attn.rope.truncate", True),
+    ("gpt_oss_experts", f"{PATTERN}.attn.rope.attention_factor", 0.0),
+    ("gpt_oss_experts", f"{PATTERN}.moe.activation", "swiglu"),
+    ("gpt_oss_experts", f"{PATTERN}.moe.bias", False),
+    ("gpt_oss_experts", f"{PATTERN}.moe.router_bias", False),
+    ("biases_and_capacity", f"{PATTERN}.moe.bias", False),
+    ("biases_and_capacity", f"{PATTERN}.moe.router_bias", False),
+    ("deepseek_v2", f"{PATTERN}.attn.scale", None),
+    ("deepseek_v2", f"{PATTERN}.attn.rope.factor", 2.0),
+    ("deepseek_v2", f"{PATTERN}.moe.groups_per_token", 3),
+    ("deepseek_v2", f"{PATTERN}.moe.group_score", "top2"),
+    ("deepseek_v3", f"{PATTERN}.attn.rope.base", 100.0),
+    ("deepseek_v3", f"{PATTERN}.attn.latent.norm_eps", 1e-6),
+    ("deepseek_v3", f"{PATTERN}.moe.groups_per_token", 4),
+    ("deepseek_v3", f"{PATTERN}.moe.group_score", "max"),
+    ("deepseek_v3", f"{PATTERN}.moe.balance", "none"),
+    ("latent_and_more", f"{PATTERN}.attn.window", None),
+    ("latent_and_more", f"{PATTERN}.attn.softcap", None),
+    ("latent_and_more", f"{PATTERN}.attn.sinks", False),
+    ("latent_and_more", f"{PATTERN}.attn.alibi", False),
+    ("latent_and_more", f"{PATTERN}.attn.out_bias", False),
+    ("latent_and_more", "norm", "rms"),
     ("capacity", f"{PATTERN}.moe.capacity_factor", None),
     ("capacity", f"{PATTERN}.moe.capacity_factor", 0.3),
 ]
