@@ -21,10 +21,10 @@ lint: $(VENV)/.installed-dev
 
 install: $(VENV)/.installed
 
-# uv where it is installed, else venv and pip.
+# uv where it is installed, else venv and pip; pip is there either way, since messages say `pip install`.
 $(VENV)/.installed: pyproject.toml
 	@if command -v uv >/dev/null 2>&1; then \
-	  test -d $(VENV) || uv venv --python $(PYTHON) $(VENV); uv pip install --python $(BIN)/python -e .; \
+	  test -d $(VENV) || uv venv --seed --python $(PYTHON) $(VENV); uv pip install --python $(BIN)/python -e .; \
 	else \
 	  test -d $(VENV) || $(PYTHON) -m venv $(VENV); $(BIN)/python -m pip install --quiet -e .; \
 	fi

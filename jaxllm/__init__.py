@@ -5,7 +5,7 @@ loaded = jaxllm.load("runs/demo")
 print(jaxllm.generate(loaded, "def main(")[0].text)
 """
 
-import sys
+import importlib
 import types
 
 __version__ = "0.1.0"
@@ -21,15 +21,28 @@ def __getattr__(name: str):
     raise AttributeError(f"module jaxllm has no attribute {name}")
 
 
-class _Package(types.ModuleType):
-    """Keeps `jaxllm.train` and `jaxllm.generate` the functions: importing the rooms of these names would hide them.
+class _Room(types.ModuleType):
+    """A package that is also the function of its name: `jaxllm.train(...)` beside `import jaxllm.train.loop`."""
 
-    `from jaxllm.train.loop import ...` finds the rooms all the same.
-    """
+    def __call__(self, *args, **options):
+        return _function(self)(*args, **options)
 
-    def __setattr__(self, name, value):
-        if not (name in __all__ and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
+    @property
+    def __doc__(self):
+        return _function(self).__doc__
+
+    @property
+    def __signature__(self):
+        import inspect
+
+        return inspect.signature(_function(self))
 
 
-sys.modules[__name__].__class__ = _Package
+def _function(room: _Room):
+    from jaxllm import api
+
+    return getattr(api, room.__name__.rpartition(".")[2])
+
+
+for _name in ("generate", "train"):
+    importlib.import_module(f"jaxllm.{_name}").__class__ = _Room

@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 
 from jaxllm import checkpoint, tree
@@ -14,8 +15,11 @@ from jaxllm.data.config import DataConfig
 from jaxllm.data.prepare import prepare_source
 from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.errors import CheckpointError
-from jaxllm.generate.text import TextGeneration, generate_text, stream_text
+from jaxllm.errors import CheckpointError, SettingsError
+from jaxllm.generate.decode import unstack
+from jaxllm.generate.text import Prompt, TextGeneration, TextStream, beam_text, generate_text, stream_text
+from jaxllm.hf.export import export_hf
+from jaxllm.hf.open import open_published
 from jaxllm.model.build import Model, Params, build, check_tokens
 from jaxllm.model.spec import ModelConfig
 from jaxllm.sharding import ParallelConfig, Sharding, make_sharding
@@ -34,17 +38,57 @@ class Loaded:
     params: Params
     tokenizer: Tokenizer
     step: int
-    """Training steps behind the weights."""
+    """Training steps behind the weights; 0 for a published model."""
+    family: str | None = None
+    """The family of a published model."""
+
+    @property
+    def decoding(self) -> Params:
+        """The weights laid out for decoding (`decode.unstack`): copied once, and again after `params` was changed."""
+        leaves = jax.tree.leaves(self.params)
+        of, laid_out = self.__dict__.get("_decoding", ([], None))
+        if len(of) != len(leaves) or any(old is not new for old, new in zip(of, leaves, strict=True)):
+            laid_out = unstack(self.params)
+            self.__dict__["_decoding"] = leaves, laid_out
+        return laid_out
+
+    def for_decoding(self) -> "Loaded":
+        """The same model to generate with and for nothing else: its weights are kept once, and those here are freed."""
+        return dataclasses.replace(self, params=unstack(self.params, free=True))
 
 
-def load(path: str | Path, *, step: int | None = None, parallel: ParallelConfig | None = None, ema=False) -> Loaded:
-    """The model of a run folder, a folder of checkpoints, or one step; the newest whole step unless one is named.
+def load(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    parallel: ParallelConfig | None = None,
+    ema: bool = False,
+    dtype: str = "float32",
+    vocab_multiple: int = 1,
+    ignore_keys: Sequence[str] = (),
+) -> Loaded:
+    """The model of a run folder (or its checkpoints, or one step), of a Hugging Face folder, or of a .gguf file.
 
-    A damaged newest step is said in a line, and the one before is taken.
+    Args:
+      step: of a run; default: the newest whole one (a damaged newest step is said in a line).
+      parallel: mesh to load onto, of any size (default: all devices, `fsdp=-1`).
+      ema: a run's averaged weights.
+      dtype: of a published model's weights in memory.
+      vocab_multiple: pads a published model's vocabulary, for a mesh that it does not divide over.
+      ignore_keys: keys of config.json that change nothing, on your word.
 
-    `parallel`: mesh to load onto, of any size (default: all devices, `fsdp=-1`). `ema`: the averaged weights.
-    Raises CheckpointError when there is none, when it is damaged, or when its tokenizer is not the one beside it.
+    Raises CheckpointError when there is no whole checkpoint or its tokenizer is not the one beside it; SettingsError
+    for a key of config.json that is not understood; DataError for a damaged file.
     """
+    if (published := open_published(path, ignore_keys=tuple(ignore_keys))) is not None:
+        if step is not None or ema:
+            raise SettingsError(f"{path} is a published model: it has no steps and no averaged weights (step, ema)")
+        model, params = published.load(make_sharding(parallel), dtype=dtype, vocab_multiple=vocab_multiple)
+        return Loaded(model, params, published.tokenizer(), 0, published.family.name)
+    if ignore_keys or dtype != "float32" or vocab_multiple != 1:
+        raise SettingsError(
+            f"{path} has no config.json: ignore_keys, dtype and vocab_multiple are for published models"
+        )
     newest, meta = checkpoint.read_meta(path, step)
     sharding = make_sharding(parallel)
     model = _model(path, meta, sharding)
@@ -78,6 +122,21 @@ def _beside(path: str | Path) -> epath.Path:
     return folder if (folder / "tokenizer").is_dir() else folder.parent
 
 
+def export(loaded: Loaded, out: str | Path, *, to: str = "hf", dtype: str = "float32") -> str:
+    """Writes the model as a Hugging Face folder (`to="hf"`) or a .gguf file (`to="gguf"`); gives the family's name.
+
+    `dtype`: float32, bfloat16 or float16; for GGUF q8_0 too. Raises SettingsError where no known family computes what
+    the model does, with the settings that have no counterpart, or where `out` exists.
+    """
+    if to not in ("hf", "gguf"):
+        raise SettingsError(f"to={to!r}: known are hf and gguf")
+    if to == "gguf":
+        from jaxllm.hf.gguf_export import export_gguf as write
+    else:
+        write = export_hf
+    return write(loaded.model.config, loaded.params, loaded.tokenizer, out, dtype=dtype, family=loaded.family)
+
+
 def train(config: RunConfig | dict | str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> loop.Result:
     """Trains by a RunConfig, a dict, or the path of a YAML file with `section.key=value` overrides.
 
@@ -88,15 +147,25 @@ def train(config: RunConfig | dict | str | Path, overrides: Sequence[str] = (), 
     return loop.train(config, quiet=quiet)
 
 
-def generate(loaded: Loaded, prompts: str | Sequence[str], *, max_tokens: int = 128, **options) -> list[TextGeneration]:
-    """Continues each prompt. Options: temperature (0 is greedy), top_k, top_p, min_p, seed, stop_ids."""
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    return generate_text(loaded.model, loaded.params, loaded.tokenizer, prompts, max_tokens=max_tokens, **options)
+def generate(
+    loaded: Loaded, prompts: Prompt | Sequence[Prompt], *, max_tokens: int | Sequence[int] = 128, **options
+) -> list[TextGeneration]:
+    """Continues each prompt (text, or token ids), by sampling or, where `beams` is given, by beam search.
+
+    Options of sampling: temperature (0 is greedy), top_k, top_p, min_p, typical_p, seed, repetition_penalty,
+    frequency_penalty, presence_penalty, logit_bias, top_logprobs (see `generate.tokens.stream`), stop (strings).
+    Options of beam search: beams, length_penalty. Of both: n (several results for a prompt), min_tokens, stop_ids,
+    banned_ids. Raises SettingsError for what is out of range or would be ignored.
+    """
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    make = beam_text if "beams" in options else generate_text
+    texts = (loaded.tokenizer, [prompts] if one else prompts)
+    return make(loaded.model, loaded.decoding, *texts, max_tokens=max_tokens, **options)
 
 
-def stream(loaded: Loaded, prompt: str, *, max_tokens: int = 128, **options) -> Iterator[str]:
-    """The continuation of one prompt in pieces of whole characters, as they are made; options as for `generate`."""
-    return stream_text(loaded.model, loaded.params, loaded.tokenizer, prompt, max_tokens=max_tokens, **options)
+def stream(loaded: Loaded, prompt: Prompt, *, max_tokens: int = 128, **options) -> TextStream:
+    """The continuation of one prompt in pieces of whole characters, as they are made; options of sampling."""
+    return stream_text(loaded.model, loaded.decoding, loaded.tokenizer, prompt, max_tokens=max_tokens, **options)
 
 
 def evaluate(
@@ -107,7 +176,7 @@ def evaluate(
     `seq_len`: tokens in a row, which is what a prediction can see; default: the model's context.
     Raises DataError for files that cannot be read, SettingsError for rows longer than learned positions.
     """
-    seq_len = seq_len or loaded.model.config.context
+    seq_len = loaded.model.config.context if seq_len is None else seq_len
     check_tokens(loaded.model.config, (), seq_len)
     if not isinstance(data, Source):
         data = Source(name="eval", path=data if isinstance(data, str) else tuple(data))

@@ -17,10 +17,15 @@ EXAMPLES = {
     "data inspect": "jaxllm data inspect demo --rows 2",
     "eval": "jaxllm eval runs/demo --data notes.txt",
     "generate": "jaxllm generate runs/demo --prompt 'def main(' --temperature 0.7 --max-tokens 100",
+    "chat": "jaxllm chat models/smollm2-135m-instruct --system 'Answer in one sentence.'",
     "runs list": "jaxllm runs list",
     "runs compare": "jaxllm runs compare runs/demo runs/demo-2",
     "demo": "jaxllm demo --minutes 2",
     "bench train": "jaxllm bench train --workloads W1 W2",
+    "bench generate": "jaxllm bench generate models/gemma-3-270m --batches 1 8",
+    "info": "jaxllm info models/gemma-3-270m",
+    "export": "jaxllm export runs/demo --to hf --out exported/demo",
+    "parity": "jaxllm parity models/gemma-3-270m",
 }
 
 
@@ -33,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxllm/xla"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("jaxllm").setLevel(logging.DEBUG if args.debug else logging.INFO)
-    if getattr(args, "launch", False) and not getattr(args, "print_config", False):
+    if (level := getattr(args, "launch", None)) and not getattr(args, "print_config", False):
         from jaxllm.launch import relaunch
 
-        relaunch(argv)
+        relaunch(argv, level)
     try:
         return args.run(args) or 0
     except UserError as error:
@@ -80,9 +85,13 @@ def parser() -> argparse.ArgumentParser:
     _data(verbs)
     _eval(verbs)
     _generate(verbs)
+    _chat(verbs)
     _runs(verbs)
     _demo(verbs)
     _bench(verbs)
+    _info(verbs)
+    _export(verbs)
+    _parity(verbs)
     return top
 
 
@@ -114,7 +123,11 @@ def _verb(verbs, name: str, help: str, run=None, example: str | None = None, **d
 
 def _train(verbs):
     verb = _verb(
-        verbs, "train", "train a model by a settings file, or go on with a run that was stopped", train, launch=True
+        verbs,
+        "train",
+        "train a model by a settings file, or go on with a run that was stopped",
+        train,
+        launch=logging.INFO,
     )
     verb.add_argument("config", metavar="RUN.yaml", help="settings file, or the name of a shipped one (configs/runs)")
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
@@ -140,7 +153,8 @@ def train(args) -> int:
     print(f"{result.status} at step {result.summary['steps']}: {result.folder}")
     for key in ("loss", "heldout_loss", "bits_per_byte"):
         if key in result.summary:
-            print(f"{key} {result.summary[key]:.4f}")
+            value = result.summary[key]  # null where it is not finite
+            print(key, "not finite" if value is None else f"{value:.4f}")
     return _exit_code(result)
 
 
@@ -250,12 +264,12 @@ def data_inspect(args) -> None:
     from jaxllm.data.inspect import inspect
 
     settings, tokenizer, stores = _prepared(args)
-    for store in stores.values():
-        print(inspect(store, tokenizer, args.rows, length=settings.train.seq_len, pack=settings.data.pack))
+    shown = dict(length=settings.train.seq_len, pack=settings.data.pack)
+    print("\n\n".join(inspect(store, tokenizer, args.rows, **shown) for store in stores.values()))
 
 
 def _eval(verbs):
-    verb = _verb(verbs, "eval", "perplexity and bits per byte of a model on text", evaluate, launch=True)
+    verb = _verb(verbs, "eval", "perplexity and bits per byte of a model on text", evaluate, launch=logging.DEBUG)
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, or one step in its checkpoints")
     verb.add_argument(
         "--data", nargs="+", required=True, metavar="FILE", help="text, .jsonl, .gz, .zst or parquet; globs"
@@ -282,31 +296,117 @@ def evaluate(args) -> None:
 
 
 def _generate(verbs):
-    verb = _verb(verbs, "generate", "continue a prompt, streamed as text", generate, launch=True)
-    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, or one step in its checkpoints")
+    verb = _verb(verbs, "generate", "continue a prompt, streamed as text", generate, launch=logging.DEBUG)
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, one of its steps, or a published model")
     verb.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
     verb.add_argument("--max-tokens", type=int, default=128, help="most tokens to make (default 128)")
-    verb.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
-    verb.add_argument("--top-k", type=int, default=0, help="keep this many of the likeliest tokens (0: all)")
-    verb.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
-    verb.add_argument("--min-p", type=float, default=0.0, help="keep tokens of this share of the largest probability")
-    verb.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    verb.add_argument("--min-tokens", type=int, default=0, help="do not end before so many (default 0)")
+    verb.add_argument("--n", type=int, default=1, help="so many continuations (default 1)")
+    verb.add_argument("--logprobs", type=int, metavar="N", help="show each token's log-probability and the N likeliest")
+    verb.add_argument("--beams", type=int, help="beam search with so many beams, in place of sampling")
+    verb.add_argument("--length-penalty", type=float, help="of beams: score / length ** this (default 1)")
     verb.add_argument("--ema", action="store_true", help="use the averaged weights")
+    _sampling(verb)
+    _published(verb)
+
+
+def _sampling(verb) -> None:
+    options = verb.add_argument_group("sampling")
+    for name, (kind, help) in SAMPLING.items():
+        options.add_argument("--" + name.replace("_", "-"), type=kind, help=help)
+    options.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
+
+
+#: Options that both `generate` and `chat` have.
+SAMPLING = {
+    "temperature": (float, "0 is greedy (default 0.8)"),
+    "top_k": (int, "keep this many of the likeliest tokens"),
+    "top_p": (float, "keep the likeliest tokens up to this probability"),
+    "min_p": (float, "keep tokens of this share of the largest probability"),
+    "typical_p": (float, "keep tokens of typical surprise up to this probability"),
+    "repetition_penalty": (float, "above 1: tokens of the text so far become less likely"),
+    "frequency_penalty": (float, "subtracted from a token's logit for each time that it was made"),
+    "presence_penalty": (float, "subtracted from the logits of tokens that were made"),
+    "seed": (int, "the same seed gives the same text"),
+}
+#: What a greedy choice does not look at.
+DRAWS = ("top_k", "top_p", "min_p", "typical_p", "seed")
+
+
+def _given(args, names) -> dict:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _refuse_ignored(why: str, names) -> None:
+    if names:
+        flags = ", ".join("--" + name.replace("_", "-") for name in names)
+        raise UserError(f"{why} and would ignore {flags}; leave that out")
+
+
+def _sampling_options(args) -> dict:
+    options = {"temperature": 0.8} | _given(args, (*SAMPLING, "stop"))
+    if options["temperature"] == 0:
+        _refuse_ignored("--temperature 0 is greedy", [name for name in DRAWS if name in options])
+    return options
 
 
 def generate(args) -> None:
+    lengths = _given(args, ("max_tokens", "min_tokens"))
+    if args.beams is None:
+        options = _sampling_options(args) | lengths
+        _refuse_ignored("without --beams this samples", _given(args, ["length_penalty"]))
+    else:
+        _refuse_ignored("--beams searches", _given(args, (*SAMPLING, "stop", "logprobs")))
+        options = _given(args, ("beams", "length_penalty")) | lengths
+    prompt = _standard_input() if args.prompt == "-" else args.prompt
     from jaxllm import api
 
-    if args.temperature == 0 and (args.top_k or args.top_p < 1 or args.min_p):
-        raise UserError("--temperature 0 is greedy and would ignore --top-k, --top-p and --min-p; leave them out")
-    prompt = _standard_input() if args.prompt == "-" else args.prompt
-    loaded = api.load(args.checkpoint, ema=args.ema)
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
-    pieces = api.stream(loaded, prompt, **{name: getattr(args, name) for name in names})
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key).for_decoding()
+    if args.beams is None and args.n == 1 and args.logprobs is None:
+        pieces = api.stream(loaded, prompt, **options)
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    tops = {} if args.logprobs is None else {"top_logprobs": args.logprobs}
+    for i, made in enumerate(api.generate(loaded, prompt, n=args.n, **tops, **options), 1):
+        print(f"--- {i} of {args.n}\n" * (args.n > 1) + prompt + made.text)
+        if args.logprobs is not None:
+            print(_logprobs(loaded.tokenizer, made))
+
+
+def _logprobs(tokenizer, made) -> str:
+    """A line for each token: its log-probability, its id and piece, and the likeliest in its place."""
+    lines = ["", f"{'logprob':>8}  token"]
+    for i, logprob, top in zip(made.ids, made.logprobs, made.top or [[]] * len(made.ids), strict=True):
+        others = "  ".join(f"{tokenizer.piece(j)!r} {value:.3f}" for j, value in top)
+        lines.append(f"{logprob:8.3f}  {i:>6} {tokenizer.piece(i)!r:<16} {others}".rstrip())
+    return "\n".join(lines)
+
+
+def _chat(verbs):
+    verb = _verb(verbs, "chat", "talk with a model in the terminal", chat, launch=logging.DEBUG)
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, one of its steps, or a published model")
+    verb.add_argument("--system", metavar="TEXT", help="system message")
+    verb.add_argument("--max-tokens", type=int, help="most tokens of an answer (default: a quarter of the context)")
+    verb.add_argument("--ema", action="store_true", help="use the averaged weights")
+    _sampling(verb)
+    _published(verb)
+
+
+def chat(args) -> None:
+    import secrets
+
+    options = _sampling_options(args)
+    if options["temperature"] > 0:
+        options = {"seed": secrets.randbits(32)} | options
+    from jaxllm import api
+    from jaxllm.chat import Chat, run
+
+    loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key).for_decoding()
+    parts = (loaded.model, loaded.decoding, loaded.tokenizer)
+    run(Chat(*parts, system=args.system, max_tokens=args.max_tokens, **options))
 
 
 def _runs(verbs):
@@ -335,7 +435,7 @@ def runs_compare(args) -> None:
 
 def _demo(verbs):
     help = "train a small model on Python's standard library, from text to samples, in about five minutes"
-    verb = _verb(verbs, "demo", help, demo, launch=True)
+    verb = _verb(verbs, "demo", help, demo, launch=logging.INFO)
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the demo's")
     verb.add_argument("--moe", action="store_true", help="with a mixture of experts")
     verb.add_argument("--minutes", type=float, default=5.0, help="about how long, in all (default 5)")
@@ -351,16 +451,115 @@ def demo(args) -> int:
 def _bench(verbs):
     verbs = _verb(verbs, "bench", "measure speed").add_subparsers(metavar="VERB", required=True)
     verb = _verb(verbs, "train", "tokens/s, memory and compile time of real training steps", bench_train, "bench train")
-    verb.set_defaults(launch=True)
+    verb.set_defaults(launch=logging.INFO)
     verb.add_argument("--workloads", nargs="+", default=["W1", "W2", "W3"], help="default: W1 W2 W3")
     verb.add_argument("--steps", type=int, help="timed steps (default: as the workload says)")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    verb = _verb(verbs, "generate", "tokens/s of prefill and of decoding", bench_generate, "bench generate")
+    verb.set_defaults(launch=True)
+    verb.add_argument("model", metavar="MODEL", help="run folder, Hugging Face folder or .gguf file")
+    verb.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="rows at a time (default: 1 8)")
+    verb.add_argument("--dtype", default="float32", help="of a published model's weights (default float32)")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def bench_generate(args) -> None:
+    from jaxllm.bench_generate import bench_generate
+
+    bench_generate(args.model, batches=args.batches, dtype=args.dtype, json=args.json)
 
 
 def bench_train(args) -> None:
     from jaxllm.bench import bench_train
 
     bench_train(args.workloads, steps=args.steps, json=args.json)
+
+
+def _published(verb) -> None:
+    verb.add_argument(
+        "--ignore-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key of config.json that is not understood and, on your word, changes nothing",
+    )
+
+
+def _info(verbs):
+    verb = _verb(verbs, "info", "what a model is and how much room it takes; loads no weights", info)
+    verb.add_argument("model", metavar="MODEL", help="run folder, Hugging Face folder or .gguf file")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    _published(verb)
+
+
+def info(args) -> None:
+    from jaxllm import info
+
+    found = info.info(args.model, ignore_keys=tuple(args.ignore_key))
+    print(json.dumps(found) if args.json else info.show(found))
+
+
+def _export(verbs):
+    verb = _verb(verbs, "export", "write a model for other software: a Hugging Face folder or a .gguf file", export)
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, one of its steps, or a published model")
+    verb.add_argument("--to", choices=("hf", "gguf"), default="hf", help="default hf")
+    verb.add_argument("--out", required=True, help="folder (hf) or file (gguf) to write; must not exist")
+    verb.add_argument(
+        "--dtype", default="float32", help="float32 (default), bfloat16, float16; for gguf f32, f16, bf16 or q8_0"
+    )
+    verb.add_argument("--ema", action="store_true", help="write the averaged weights")
+    _published(verb)
+
+
+def export(args) -> None:
+    from jaxllm import api
+
+    loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key)
+    family = api.export(loaded, args.out, to=args.to, dtype=args.dtype)
+    print(f"{args.out}: a {family} model in {args.dtype}")
+
+
+def _parity(verbs):
+    verb = _verb(verbs, "parity", "prove that a loaded model computes what the published one does", parity)
+    verb.add_argument("model", nargs="?", metavar="MODEL_DIR", help="Hugging Face folder or .gguf file")
+    verb.add_argument("--family", help="instead of a folder: a small random model of this family, or of all")
+    verb.add_argument("--text", metavar="FILE", help="UTF-8 text to compare on (default: a few lines of several kinds)")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    _published(verb)
+
+
+def parity(args) -> int:
+    if (args.model is None) == (args.family is None):
+        raise UserError("give either a model folder or --family NAME (all for every family)")
+    if args.family and (args.text or args.ignore_key):
+        raise UserError("--family compares random models: --text and --ignore-key would be ignored; leave them out")
+    from jaxllm.parity import prove
+
+    reports = []
+    for report in _reports(args, prove):
+        reports.append(report)
+        if not args.json:
+            print(prove.show(report), flush=True)
+    if args.json:
+        print(prove.as_json(reports))
+    failed = [report.name for report in reports if not report.holds]
+    print(f"parity fails: {', '.join(failed)}" if failed else f"parity holds: {len(reports)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _reports(args, prove):
+    if args.family:
+        yield from (prove.prove_family(name) for name in prove.variants(args.family))
+        return
+    text = None
+    if args.text:
+        try:
+            with open(args.text, encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--text {args.text}: {error}") from None
+    yield prove.prove(args.model, text=text, ignore_keys=tuple(args.ignore_key))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ def merge(cls, source=None, overrides: typing.Sequence[str] = ()) -> tuple[dict,
     elif source is not None:
         path = find(str(source), "runs", Path.cwd())
         where, folder, raw = str(path), path.parent, read_yaml(path)
+        if not raw:
+            raise SettingsError(f"{path}: holds no settings; for an example see {config_dir() / 'runs' / 'demo.yaml'}")
     raw = _expand(cls, raw, folder)
     for text in overrides:
         raw = _override(cls, raw, text)
@@ -175,7 +177,7 @@ def _default(field):
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else dataclasses.MISSING
 
 
-def _section(annotation, key: str | None = None):
+def _section(annotation):
     """The settings class behind an annotation (`X`, `X | None`, `tuple[X, ...]`, `dict[str, X]`), or None."""
     if dataclasses.is_dataclass(annotation):
         return annotation
@@ -284,17 +286,30 @@ def _takes(annotation, kind: type) -> bool:
 
 def _explain(cls, item: dict) -> str:
     """One line for one pydantic error: the dotted path, what is wrong, and the nearest known key."""
-    loc = [str(part) for part in item["loc"]]
-    path = ".".join(loc)
+    loc, value = [str(part) for part in item["loc"]], item["input"]
+    path, owner = ".".join(loc), cls
+    for part in loc[:-1]:
+        fields = _fields(owner) if owner is not None else {}
+        owner = _section(fields[part]) if part in fields else owner
+    known = owner.__pydantic_fields__ if owner is not None else {}
     if item["type"] == "unexpected_keyword_argument":
-        owner = cls
-        for part in loc[:-1]:
-            fields = _fields(owner) if owner is not None else {}
-            owner = _section(fields[part]) if part in fields else owner
-        return f"unknown setting {path}{nearest(loc[-1], _fields(owner) if owner else ())}"
+        return f"unknown setting {path}{nearest(loc[-1], known)}"
     if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{path} is required"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{path}: {message}" if path else message
-    return f"{path}={item['input']!r}: {message[0].lower()}{message[1:]}"
+    field = known.get(loc[-1]) if loc else None
+    if value is None and field is not None and not field.is_required():
+        return f"{path}=null: leave it out, or set a value (default {field.get_default(call_default_factory=True)!r})"
+    if item["type"] == "tuple_type" and field is not None:
+        return f"{path}={value!r}: write it as a list, {loc[-1]}: {_form(field.annotation)}"
+    return f"{path}={value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _form(annotation) -> str:
+    """What a list is to look like: `[{name: ..., path: ...}, ...]`, with the settings that have no default."""
+    section = _section(annotation)
+    required = [name for name, info in section.__pydantic_fields__.items() if info.is_required()] if section else []
+    inside = "{" + ", ".join(f"{name}: ..." for name in required) + "}, " if required else ""
+    return f"[{inside}...]"

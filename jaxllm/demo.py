@@ -1,13 +1,15 @@
 """`jaxllm demo`: the whole pipeline on the Python standard library's own source, within a few minutes on a CPU."""
 
 import dataclasses
+import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from jaxllm import config as settings_of
 from jaxllm.data.batch import TokenBatch
 from jaxllm.data.prepare import prepare
 from jaxllm.errors import SettingsError
@@ -45,11 +47,12 @@ def demo(*, moe: bool = False, minutes: float = 5.0, out: str | None = None, ove
     print("2/4  Measuring the speed of a training step", flush=True)
     seconds = seconds_per_step(config)
     left = minutes * 60 * 0.95 - (time.monotonic() - started) - RESERVE * min(1.0, minutes / 2)
-    steps = max(20, int(left / seconds))
+    steps = max(fewest_steps(config), int(left / seconds))
     print(f"3/4  Training: {steps} steps of about {seconds:.2f} s", flush=True)
     result = train(with_steps(config, steps))
     if result.status != "finished":
-        print(f"{result.status} at step {result.summary['steps']}; to go on: jaxllm train {out}/settings.yaml")
+        again = f"{command_name()} train {shlex.quote(out)}/settings.yaml"
+        print(f"{result.status} at step {result.summary['steps']}; to go on: {again}")
         return result
     print("4/4  What it writes:", flush=True)
     show_samples(result)
@@ -70,6 +73,11 @@ def free_folder(path: Path) -> Path:
     """`path`, or the first of `path-2`, `path-3`, ... that does not exist: nothing is written over."""
     candidates = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in range(1, 10_000))
     return next(p for p in candidates if not p.exists())
+
+
+def fewest_steps(config: RunConfig) -> int:
+    """However slow the machine: enough for the learning rate to rise and fall again."""
+    return max(20, 2 * (config.optim.schedule.warmup or 0))
 
 
 def with_steps(config: RunConfig, steps: int) -> RunConfig:
@@ -111,15 +119,33 @@ def show_samples(result: Result) -> None:
 
 
 def farewell(result: Result, seconds: float) -> str:
-    out, s = result.folder, result.summary
+    out, s, command = result.folder, result.summary, command_name()
+    run = shlex.quote(str(out))
     return "\n".join(
         [
             f"Held out: {s['bits_per_byte']:.3f} bits per byte, perplexity {s['perplexity']:.1f} "
             f"({s['params']:,} parameters, {s['tokens']:,} tokens, {seconds:.0f} s in all).",
             f"Everything is in {out}: checkpoints/, metrics.jsonl, loss.png, settings.yaml, card.md (the run card).",
             "Try next:",
-            f"  jaxllm generate {out} --prompt 'def parse(' --temperature 0.7",
-            f"  jaxllm eval {out} --data some_file.py",
-            f"  jaxllm train {settings_of.config_dir() / 'runs' / 'demo.yaml'} train.steps=2000 out=runs/longer",
+            f"  {command} generate {run} --prompt 'def parse(' --temperature 0.7",
+            f"  {command} eval {run} --data {shlex.quote(str(nearby(Path(__file__))))}",
+            f"  {command} train demo train.steps=2000 out=runs/longer",
         ]
     )
+
+
+def command_name() -> str:
+    """What to type for `jaxllm` in this terminal: its path, where the environment is not activated."""
+    script = Path(sys.executable).with_name("jaxllm")
+    found = shutil.which("jaxllm")
+    if found and Path(found).absolute() == script.absolute():
+        return "jaxllm"
+    if script.exists():
+        return shlex.quote(str(nearby(script)))
+    return f"{shlex.quote(str(nearby(Path(sys.executable))))} -m jaxllm.cli"
+
+
+def nearby(path: Path) -> Path:
+    """The path as seen from here, where it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

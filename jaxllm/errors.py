@@ -33,6 +33,9 @@ def nearest(name: str, names) -> str:
     import difflib
 
     names = sorted(map(str, names))
+    initials = "".join(word[:1] for word in name.split("_")) if "_" in name else ""
+    if initials in names:  # learning_rate for lr
+        return f"; did you mean {initials}?"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]}?"

@@ -5,12 +5,14 @@ in page faults; `glibc.malloc.hugetlb=1` lets malloc ask for huge pages (transpa
 cost in memory. It does nothing where glibc, madvise or the CPU backend is not what the run uses.
 """
 
+import logging
 import os
 import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+log = logging.getLogger("jaxllm")
 #: Set to 0 to start as you are; set to 1 by the launcher in the process that it starts.
 SWITCH = "JAXLLM_LAUNCH"
 TUNABLES = "GLIBC_TUNABLES"
@@ -55,13 +57,14 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {**environ, SWITCH: "1", TUNABLES: f"{own}:{TUNABLE}" if own else TUNABLE}
 
 
-def relaunch(argv: list[str]) -> None:
+def relaunch(argv: list[str], level: int = logging.INFO) -> None:
     """Replaces this process by the same command with huge pages, or returns when there is no need.
 
-    Returns also when `argv` is not this process's own: a program that calls the command line is not ours to replace.
+    Says so in one line of the log, at `level`. Returns also when `argv` is not this process's own: a program that calls
+    the command line is not ours to replace.
     """
     if argv != sys.argv[1:] or not wanted(os.environ):
         return
-    print(f"jaxllm: huge pages for the allocator ({TUNABLES}={TUNABLE}; {SWITCH}=0 turns this off)", file=sys.stderr)
+    log.log(level, "jaxllm: huge pages for the allocator (%s=%s; %s=0 turns this off)", TUNABLES, TUNABLE, SWITCH)
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment(os.environ))

@@ -113,14 +113,30 @@ class Sharding:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*parts)))
 
     def batch(self, batch: Any) -> Any:
-        """Puts the host arrays of this process's rows ([rows, T], rows split over the processes) on the devices."""
+        """Puts the host arrays of this process's rows ([rows, T], rows split over the processes) on the devices.
+
+        Raises SettingsError where the mesh gives parts of one row to several processes.
+        """
         rules = dict(self.rules)
+        processes = len({device.process_index for device in self.mesh.devices.flat})
 
         def put(x):
+            x = np.asarray(x)
             sharding = NamedSharding(self.mesh, PartitionSpec(rules["batch"], *([rules["seq"]] if x.ndim > 1 else [])))
-            return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+            # Without the shape in words, jax infers another one from such a mesh and says nothing.
+            return jax.make_array_from_process_local_data(sharding, x, (len(x) * processes, *x.shape[1:]))
 
-        return jax.tree.map(put, batch)
+        try:
+            return jax.tree.map(put, batch)
+        except ValueError as error:
+            if processes == 1:
+                raise
+            sizes = " x ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items() if n > 1)
+            raise SettingsError(
+                f"the mesh {sizes} splits rows between {processes} processes, and each of them reads whole rows; "
+                f"make parallel.context x parallel.tensor divide the {jax.local_device_count()} devices of a process "
+                f"({str(error).splitlines()[0]})"
+            ) from None
 
 
 def _tuple(mesh_axes) -> tuple[str, ...]:

@@ -31,12 +31,31 @@ def home(tmp_path, monkeypatch):
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    "first", ["import jaxllm", "from jaxllm.train.loop import train", "import jaxllm.generate.text"]
+    "first",
+    [
+        "import jaxllm",
+        "from jaxllm.train.loop import train",
+        "import jaxllm.generate.text, jaxllm.train.loop; jaxllm.generate.text; jaxllm.train.loop",
+        "import jaxllm.train.loop as loop; import jaxllm.generate.text as text; loop.train, text.generate_text",
+        "from jaxllm import train, generate",
+    ],
 )
-def test_rooms_do_not_hide_the_functions_of_their_names(first):
-    code = f"{first}; import jaxllm; print(jaxllm.train.__module__, jaxllm.generate.__module__)"
+def test_rooms_and_functions_of_one_name_do_not_hide_each_other(first):
+    code = f"""
+{first}
+import inspect, jaxllm, sys
+assert "jax" not in sys.modules or "loop" in {first!r}
+from jaxllm import api
+for name in ("train", "generate"):
+    room, function = getattr(jaxllm, name), getattr(api, name)
+    assert inspect.signature(room) == inspect.signature(function) and room.__doc__ == function.__doc__
+try:
+    jaxllm.train({{"modle": "demo"}})
+except ValueError as error:
+    print(error)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "jaxllm.api jaxllm.api\n", done.stderr
+    assert "unknown setting modle; did you mean model?" in done.stdout, done.stderr
 
 
 @pytest.mark.fast
@@ -72,7 +91,7 @@ def test_a_damaged_newest_step_gives_the_one_before(finished, tmp_path, caplog):
 def test_loading_what_is_not_there_is_refused(finished, tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         jaxllm.load(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="has no step 5; saved: 3, 6, 8"):
+    with pytest.raises(CheckpointError, match="has no step 5; saved: 3, 4, 6, 8"):
         jaxllm.load(finished.folder, step=5)
     with pytest.raises(CheckpointError, match="holds no extra/ema"):
         jaxllm.load(finished.folder, ema=True)
@@ -107,6 +126,16 @@ def test_gradients_through_a_loaded_model_are_those_of_a_difference(loaded):
     assert float(slope) == pytest.approx(float(difference), rel=0.02)
 
 
+def test_weights_for_decoding_are_laid_out_once_and_follow_the_weights(loaded):
+    assert loaded.decoding is loaded.decoding
+    mine = dataclasses.replace(loaded, params=dict(loaded.params))
+    before = jaxllm.generate(mine, "def f", temperature=0, max_tokens=8)[0]
+    mine.params["layers"] = jax.tree.map(lambda w: -w, mine.params["layers"])
+    after = jaxllm.generate(mine, "def f", temperature=0, max_tokens=8)[0]
+    assert after.logprobs != before.logprobs, "weights changed in place are the weights that generate"
+    assert jaxllm.generate(loaded, "def f", temperature=0, max_tokens=8)[0] == before
+
+
 def test_generate_and_stream_agree_and_stop_at_the_end_of_text(loaded):
     greedy = {"max_tokens": 12, "temperature": 0.0}
     one, two = jaxllm.generate(loaded, ["def f", "The quick"], **greedy)
@@ -130,6 +159,8 @@ def test_evaluate_takes_a_path_several_or_a_source(loaded, corpus):
     assert jaxllm.evaluate(loaded, paths, seq_len=8)["heldout_loss"] > found["heldout_loss"], "it sees less"
     with pytest.raises(DataError, match="no file matches"):
         jaxllm.evaluate(loaded, "nothing.txt")
+    with pytest.raises(SettingsError, match="sequence length 0: must be at least 1"):
+        jaxllm.evaluate(loaded, paths, seq_len=0)
 
 
 def test_evaluate_refuses_rows_longer_than_learned_positions(loaded, corpus):

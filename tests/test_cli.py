@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import jaxllm.demo
 from jaxllm import cli
 from jaxllm.checkpoint import Preemption
 from jaxllm.errors import SettingsError
-from jaxllm.train import runs
+from jaxllm.train import loop, runs
 
 
 @pytest.fixture(autouse=True)
@@ -259,6 +260,47 @@ def test_generate_refuses_prompts_it_cannot_take(finished, refused, monkeypatch)
     refused(["holds no extra/ema"], "generate", finished.folder, "--prompt", "x", "--ema")
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--temperature", "0", "--top-k", "5", "--seed", "1"], "is greedy and would ignore --top-k, --seed"),
+        (["--temperature", "0", "--typical-p", "0.5"], "would ignore --typical-p"),
+        (["--beams", "3", "--temperature", "0.5"], "--beams searches and would ignore --temperature"),
+        (["--beams", "3", "--stop", "x", "--logprobs", "2"], "would ignore --stop, --logprobs"),
+        (["--length-penalty", "2"], "without --beams this samples and would ignore --length-penalty"),
+    ],
+)
+def test_options_of_generate_that_would_be_ignored_are_refused(options, message, refused):
+    refused([message], "generate", "nowhere", "--prompt", "x", *options)
+
+
+def test_generate_samples_searches_and_shows_log_probabilities(finished, capsys):
+    def made(*options):
+        assert cli.main(["generate", str(finished.folder), "--prompt", "def f", "--max-tokens", "8", *options]) == 0
+        return capsys.readouterr().out
+
+    greedy = made("--temperature", "0")
+    assert made("--temperature", "0", "--repetition-penalty", "5") != greedy
+    assert made("--temperature", "0", "--stop", greedy[7:9], "--stop", "no such text") == greedy[:7] + "\n"
+    several = made("--n", "2", "--seed", "3")
+    assert several.startswith("--- 1 of 2\ndef f") and "\n--- 2 of 2\ndef f" in several
+    assert made("--seed", "4") in several and made("--seed", "3") in several
+    assert made("--beams", "1") == greedy and made("--beams", "3", "--n", "2").count("def f") >= 2
+    lines = made("--temperature", "0", "--logprobs", "2").removeprefix(greedy).splitlines()
+    assert lines[:2] == ["", " logprob  token"] and len(lines) == 10
+    for line in lines[2:]:
+        values = re.findall(r"(?<=\s)-\d+\.\d{3}", line)
+        assert len(values) == 3 and values[0] == values[1] and float(values[1]) >= float(values[2])
+
+
+def test_chat_talks_with_a_run(finished, capsys, monkeypatch):
+    lines = iter(["hello", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert cli.main(["chat", str(finished.folder), "--max-tokens", "5", "--system", "be brief", "--seed", "1"]) == 0
+    assert "context of 64 tokens; /help shows the commands" in capsys.readouterr().out
+
+
 def test_eval_refuses_files_it_cannot_read(finished, refused, tmp_path):
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.txt").touch()
@@ -312,7 +354,8 @@ def test_tokenizer_and_data_verbs(corpus, run_file, capsys):
     assert cli.main(["data", "prepare", run_file]) == 0
     assert "code-heldout:" in capsys.readouterr().out
     assert cli.main(["data", "inspect", run_file, "--rows", "1"]) == 0
-    assert "source code:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert [out.count(f"source {name}:") for name in ("code", "code-heldout", "prose", "prose-heldout")] == [1] * 4
 
 
 @pytest.mark.fast
@@ -340,3 +383,12 @@ def test_the_demo_refuses_what_it_sets_itself():
         jaxllm.demo.demo(overrides=["train.steps=5"])
     with pytest.raises(SettingsError, match="minutes"):
         jaxllm.demo.demo(minutes=0)
+
+
+def test_a_run_that_ends_with_a_loss_that_is_no_number_says_so(run_file, monkeypatch, capsys):
+    config = SimpleNamespace(checkpoint=SimpleNamespace(preempted_exit_code=0))
+    summary = {"steps": 8, "loss": None, "heldout_loss": 2.5}
+    result = SimpleNamespace(status="finished", folder="run", summary=summary, saved=True, config=config)
+    monkeypatch.setattr(loop, "train", lambda *_, **__: result)
+    assert cli.main(["train", run_file]) == 0
+    assert capsys.readouterr().out == "finished at step 8: run\nloss not finite\nheldout_loss 2.5000\n"

@@ -18,6 +18,16 @@ class Inner:
     size: int = 3
     """How large."""
     rate: float = 0.1
+    ls: int = 1
+
+
+@settings
+class Part:
+    """An entry of a list in Outer."""
+
+    key: str
+    path: str
+    weight: float = 1.0
 
 
 @settings
@@ -30,6 +40,8 @@ class Outer:
     """A section."""
     maybe: Inner | None = None
     name: str = "x"
+    parts: tuple[Part, ...] = ()
+    names: tuple[str, ...] = ()
     parallel: ParallelConfig = ParallelConfig()
 
 
@@ -45,6 +57,12 @@ ERRORS = [
     (["inner.rate=yes"], RAW, r"inner.rate=True: input should be a number, not yes or no"),
     ([f"{ATTN}.heads=no"], RAW, r"heads=False: input should be a number"),
     ([], {}, r"model is required"),
+    (["learning_size=1"], RAW, r"unknown setting learning_size; known: "),
+    (["inner.least_size=1"], RAW, r"unknown setting inner.least_size; did you mean inner.ls\?"),
+    (["inner.rate=null"], RAW, r"inner.rate=null: leave it out, or set a value \(default 0.1\)"),
+    ([], {"model": MODEL, "inner": {"ls": None}}, r"inner.ls=null: leave it out"),
+    ([], RAW | {"parts": "a.txt"}, r"parts='a.txt': write it as a list, parts: \[\{key: ..., path: ...\}, ...\]"),
+    ([], RAW | {"names": "a.txt"}, r"names='a.txt': write it as a list, names: \[...\]"),
     ([], {"model": {k: v for k, v in MODEL.items() if k != "vocab"}}, r"model.vocab is required"),
     (["inner.sise=4"], RAW, r"unknown setting inner.sise; did you mean inner.size\?"),
     (["iner.size=4"], RAW, r"unknown setting iner.size; did you mean inner\?"),
@@ -87,7 +105,7 @@ def test_bad_settings_are_named(overrides, raw, message):
         ({"experts_per_token": 5}, "experts_per_token=5 must lie in 1 to experts=4"),
         ({"balance": "bias", "balance_coef": 0.1}, "balance_coef=0.1 would be ignored: balance=bias has no loss"),
         ({"bias_rate": 0.1}, "bias_rate=0.1 would be ignored: balance=sequence has no bias"),
-        ({"capacity_factor": 0}, "capacity_factor=0.0 must be positive"),
+        ({"capacity_factor": 0}, "capacity_factor=0.0 must be above 0"),
     ],
 )
 def test_bad_experts_are_named(moe, message):
@@ -127,6 +145,7 @@ def test_a_file_may_name_files_for_its_sections(tmp_path, monkeypatch):
     [
         (b"a: [1\nb: 2\n", r"run.yaml: not valid YAML at line 2, column"),
         (b"a: \xff\n", r"run.yaml: not UTF-8 at byte 3"),
+        (b"# to be written\n", r"run.yaml: holds no settings; for an example see .*runs/demo.yaml"),
         (b"- a\n", r"run.yaml: expected `key: value` lines, found a list"),
         (b"!!python/object/apply:os.getcwd []\n", r"run.yaml: not valid YAML at line 1"),
         (b"modle: demo\n", r"run.yaml: model is required\nunknown setting modle; did you mean model\?"),

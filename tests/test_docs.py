@@ -1,14 +1,14 @@
 """What README and docs say can be done, done: their commands parse, their code runs, their files are there."""
 
+import importlib
 import re
 import shlex
-import types
+import shutil
+import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 import yaml
@@ -24,7 +24,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced code blocks of a page."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
 
 
 @pytest.mark.fast
@@ -36,7 +37,8 @@ def test_commands_parse(page):
     for command in commands:
         words = shlex.split(command, comments=True)
         words = words[next(i for i, w in enumerate(words) if w.endswith("jaxllm")) + 1 :]
-        cli.parser().parse_args(words)
+        if " ".join(words) not in cli.EXAMPLES:  # the mere name of a verb
+            cli.parse(words)
 
 
 @pytest.mark.fast
@@ -61,7 +63,7 @@ def test_the_readme_settings_are_settings(tmp_path):
 
 
 def test_the_readme_python_runs(finished, tmp_path, monkeypatch):
-    (tmp_path / "some_file.py").write_text("def main():\n    return 1\n" * 20)
+    (tmp_path / "README.md").write_text("def main():\n    return 1\n" * 20)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     code = next(block for block in blocks(ROOT / "README.md", "python") if "import jax" in block)
@@ -71,27 +73,48 @@ def test_the_readme_python_runs(finished, tmp_path, monkeypatch):
     assert found["jaxllm"] is jaxllm and found["logits"].shape[-1] == finished.model.config.padded_vocab
 
 
+def test_the_readme_commands_run(tmp_path, monkeypatch, capsys):
+    """As printed and in order, in a folder with the repository's files; only the runs are made small."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for name in ("docs", "jaxllm"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAXLLM_LAUNCH", "0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(blocks(ROOT / "README.md", "yaml")[0])
+    small = ["model.embed=32", "model.layers=1", "train.steps=2", "train.seq_len=32", "train.batch=8"]
+    commands = [line for block in blocks(ROOT / "README.md", "") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in commands if line.startswith("jaxllm ")]
+    assert len(commands) > 6
+    for words in commands:
+        assert cli.main(words + small * ("mine.yaml" in words)) == 0, (words, capsys.readouterr().err)
+    assert "warmup" in capsys.readouterr().out, "the last one shows all settings"
+
+
 @pytest.fixture(scope="module")
-def extending():
-    """The functions that docs/extending.md defines."""
-    found = {"jax": jax, "jnp": jnp, "optax": optax}
-    for block in blocks(ROOT / "docs" / "extending.md", "python"):
-        exec(compile(block, "docs/extending.md", "exec"), found)
-    return found
+def extending(tmp_path_factory):
+    """`extending(name)`: the function of this name in docs/extending.md, whose block is a module of `mypackage`."""
+    folder = tmp_path_factory.mktemp("extending")
+    (folder / "mypackage").mkdir()
+    texts = blocks(ROOT / "docs" / "extending.md", "python")
+    names = [re.search(r"^def (\w+)", text, re.MULTILINE)[1] for text in texts]
+    for name, text in zip(names, texts, strict=True):
+        module = "optimizers" if "mypackage/optimizers.py" in text else name
+        (folder / f"mypackage/{module}.py").write_text(text)
+    sys.path.insert(0, str(folder))
+    yield lambda name: getattr(importlib.import_module(f"mypackage.{name}"), name)
+    sys.path.remove(str(folder))
 
 
-def test_the_extensions_train(extending, monkeypatch):
+def test_the_extensions_train(extending):
     from jaxllm.optim.config import OptimConfig
     from jaxllm.optim.optimizers import make_optimizer
 
-    module = types.SimpleNamespace(signsgd=extending["signsgd"])
-    monkeypatch.setitem(__import__("sys").modules, "mypackage.optimizers", module)
-    monkeypatch.setitem(__import__("sys").modules, "mypackage", types.SimpleNamespace(optimizers=module))
     model = tiny.one_device(tiny.DENSE)
     tx = make_optimizer(OptimConfig(name="mypackage.optimizers:signsgd", lr=1e-3, weight_decay=0.0), 100, model.axes)
     state = make_state(model, tx, jax.random.key(0))
     before = np.asarray(state.params["norm"]["scale"]).copy()
-    step = make_train_step(model, extending["smoothed"], tx)
+    step = make_train_step(model, extending("smoothed"), tx)
     batch = model.sharding.batch(tiny.batch())
     found = []
     for _ in range(5):

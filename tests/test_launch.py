@@ -9,11 +9,12 @@ import pytest
 from jaxllm import launch
 
 CHILD = """
-import os, sys
+import logging, os, sys
 from jaxllm import launch
+logging.basicConfig(level=os.environ.get("LEVEL", "INFO"), format="%(message)s")
 launch._pages_on_request = launch._on_cpu = lambda *_: True
 launch._glibc = lambda: (2, 39)
-launch.relaunch(sys.argv[1:])
+launch.relaunch(sys.argv[1:], getattr(logging, os.environ.get("SAY", "INFO")))
 names = ("JAXLLM_LAUNCH", "GLIBC_TUNABLES", "XLA_FLAGS")
 print(*(os.environ.get(name) for name in names), sys.argv[1:], "jax" in sys.modules)
 """
@@ -44,6 +45,13 @@ def test_the_same_command_starts_once_more_before_jax_loads(tmp_path):
     out, log = start(tmp_path, "train", "a b.yaml", "optim.lr=1")
     assert out == ["1 glibc.malloc.hugetlb=1 None ['train', 'a b.yaml', 'optim.lr=1'] False"]
     assert len(log) == 1 and "JAXLLM_LAUNCH=0" in log[0]
+
+
+def test_the_line_is_for_those_who_ask(tmp_path):
+    out, log = start(tmp_path, SAY="DEBUG")
+    assert out[0].startswith("1 glibc") and log == []
+    out, log = start(tmp_path, SAY="DEBUG", LEVEL="DEBUG")
+    assert out[0].startswith("1 glibc") and len(log) == 1
 
 
 def test_the_switch_and_ones_own_choice_of_pages_are_silent(tmp_path):

@@ -1,5 +1,10 @@
 """The mesh and the table of rules: what is laid out where, and what a user is told when it does not fit."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,3 +121,42 @@ def test_batches_and_activations_are_split_by_rows_and_sequence():
     assert x.sharding.shard_shape(x.shape) == (2, 3, 4)
     odd = jax.jit(lambda x: sharding.constrain(x, "batch", "seq", None))(jnp.zeros((8, 5, 4)))
     assert odd.sharding.shard_shape(odd.shape) == (2, 5, 4)  # an activation that does not divide stays whole
+
+
+#: A process of two, with two devices: its rows on two meshes, one that crosses the processes with the sequence.
+PROCESS = """
+import sys
+import jax, numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jax.sharding import AxisType, Mesh
+from jaxllm.errors import SettingsError
+from jaxllm.sharding import MESH_AXES, Sharding
+devices, rank = np.array(jax.devices()).reshape(2, 2), jax.process_index()
+rows = np.full((2, 8), rank, np.int32)
+for devices in (devices, devices.T):
+    mesh = Mesh(devices.reshape(1, 2, 1, 2, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    try:
+        x = Sharding(mesh).batch(rows)
+        print("OK", x.shape, {float(s.data.mean()) for s in x.addressable_shards} == {rank}, flush=True)
+    except SettingsError as error:
+        print("REFUSED", error, flush=True)
+"""
+
+
+def test_processes_read_whole_rows_or_are_refused():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environ = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    pipes = dict(env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ranks = [subprocess.Popen([sys.executable, "-c", PROCESS, address, str(n)], **pipes) for n in (0, 1)]
+    try:
+        found = [rank.communicate(timeout=90) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    for out, err in found:
+        lines = [line for line in out.splitlines() if line.startswith(("OK", "REFUSED"))]
+        assert lines[0] == "OK (4, 8) True", out + err
+        assert lines[1].startswith("REFUSED the mesh fsdp=2 x context=2 splits rows between 2 processes"), out + err

@@ -17,7 +17,7 @@ class DataConfig:
     eval_sources: tuple[Source, ...] = ()
     """text for held-out evaluation, never trained on"""
     heldout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """instead of eval_sources: the fraction of each source's documents to hold out, by a hash of their tokens"""
+    """instead of eval_sources: the share of each source's documents to hold out, by a hash of the text; at least one"""
     tokenizer: str | None = None
     """folder or .model file of the tokenizer; null trains one on the sources"""
     vocab: int = Field(default=4096, ge=300)

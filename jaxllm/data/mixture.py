@@ -12,6 +12,9 @@ from jaxllm.errors import SettingsError, nearest
 #: Rows in a block. Each block holds every source by its exact share, rounded to rows, in an order of its own.
 BLOCK = 1024
 
+#: The rows of a source, and the one of them that comes next.
+Place = tuple[Rows, int]
+
 
 class Mixture:
     """Endless rows from several sources; each source goes through its own epochs.
@@ -20,8 +23,18 @@ class Mixture:
     the stream is off by less than a block's shuffle: a few dozen rows.
     """
 
-    def __init__(self, sources: Mapping[str, Rows], weights: Mapping[str, float], *, seed: int = 0):
-        """Raises SettingsError for an unknown name, no weight above 0, or one below a 1024th of all."""
+    def __init__(
+        self,
+        sources: Mapping[str, Rows],
+        weights: Mapping[str, float],
+        *,
+        seed: int = 0,
+        starts: Mapping[str, int] | None = None,
+    ):
+        """`starts`: the row at which each source begins, where not 0.
+
+        Raises SettingsError for an unknown name, no weight above 0, or one below a 1024th of all.
+        """
         for name in weights:
             if name not in sources:
                 raise SettingsError(f"weights.{name}: no such source{nearest(name, sources)}")
@@ -33,19 +46,27 @@ class Mixture:
             raise SettingsError(f"sources have rows of different lengths: {[rows.length for rows in self.sources]}")
         self.length, self.seed = self.sources[0].length, seed
         self.counts = _counts({name: weights[name] for name in self.names})
+        self.starts = [(starts or {}).get(name, 0) for name in self.names]
         self._block = lru_cache(maxsize=8)(self._make_block)
 
     @property
     def fingerprint(self) -> str:
         """Hash of all that a row depends on; a run may only go on with the one it was started with."""
-        return digest([[r.fingerprint for r in self.sources], self.names, self.counts.tolist(), self.seed])
+        return digest([[r.fingerprint for r in self.sources], self.names, self.counts.tolist(), self.starts, self.seed])
 
     def locate(self, r: int) -> tuple[int, int]:
         """`(source, row in that source)` of row r."""
         block, k = divmod(r, BLOCK)
         sources, ranks = self._block(block)
         source = int(sources[k])
-        return source, block * int(self.counts[source]) + int(ranks[k])
+        return source, self.starts[source] + block * int(self.counts[source]) + int(ranks[k])
+
+    def reached(self, r: int) -> dict[str, Place]:
+        """Where each source stands at row r of the stream."""
+        block, k = divmod(r, BLOCK)
+        read = block * self.counts + np.bincount(self._block(block)[0][:k], minlength=len(self.counts))
+        places = zip(self.sources, np.add(self.starts, read).tolist(), strict=True)
+        return dict(zip(self.names, places, strict=True))
 
     def row(self, r: int) -> Row:
         """Row r of the stream."""
@@ -85,10 +106,12 @@ def mix(
     seed: int = 0,
     pack: bool = True,
     shuffle: bool = True,
+    reached: Mapping[str, Place] | None = None,
 ) -> Mixture:
     """The rows of token stores, `length` pairs each, mixed by weight: what a stage of training reads.
 
-    Another stage with the same seed reads the same rows first: give each its own seed.
+    `reached`: where earlier stages have left the sources that they read; each goes on there (see `Rows.go_on`).
     """
     rows = {name: Rows(store, length, seed=seed, pack=pack, shuffle=shuffle) for name, store in stores.items()}
-    return Mixture(rows, weights, seed=seed)
+    starts = {name: rows[name].go_on(*place) for name, place in (reached or {}).items()}
+    return Mixture(rows, weights, seed=seed, starts=starts)

@@ -64,6 +64,16 @@ class Rows:
         kept = int(self.pairs.sum()) - self.cut[1]
         return 1 - kept / (self.per_epoch * self.length)
 
+    def go_on(self, other: "Rows", r: int) -> int:
+        """The row to go on with where row r of `other`, the same text in rows of another length perhaps, would be next.
+
+        Packed rows of another length are cut elsewhere, so that what is left of an epoch has no rows of its own: they
+        go on with the next epoch.
+        """
+        if not self.pack or self.length == other.length:
+            return r
+        return -(-r // other.per_epoch) * self.per_epoch
+
     def row(self, r: int) -> Row:
         """Row r of the stream; costs two binary searches, except for the first row of an epoch."""
         epoch, k = divmod(r, self.per_epoch)

@@ -4,7 +4,6 @@ Threads are enough: SentencePiece encodes without Python's lock (two threads are
 """
 
 import errno
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,13 +11,25 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from etils import epath
+import numpy as np
 
 from jaxllm.config import to_dict
 from jaxllm.data.config import DataConfig
+from jaxllm.data.entries import Entry, entries_of, stat
 from jaxllm.data.readers import documents, require, splittable
-from jaxllm.data.sources import Source, files, kind, patterns, remote
-from jaxllm.data.store import VERSION, ShardWriter, TokenStore, digest, dtype_for, has_shard, read_meta, write_meta
+from jaxllm.data.sources import Source, files, kind, patterns
+from jaxllm.data.store import (
+    VERSION,
+    ShardWriter,
+    TokenStore,
+    digest,
+    dtype_for,
+    has_shard,
+    heldout_limit,
+    read_meta,
+    text_hash,
+    write_meta,
+)
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DataError, ResourceError
 
@@ -63,7 +74,7 @@ def prepare_source(
     folder = cache.expanduser() / f"{source.name}-{digest([VERSION, settings, tokenizer.hash])[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     old = read_meta(folder)
-    entries = _entries(paths, old, folder)
+    entries = entries_of(paths, old, folder)
     units = _units(source, entries)
     wanted = {unit.key: unit for unit in units}
     todo = [unit for key, unit in wanted.items() if not has_shard(folder, key)]
@@ -88,61 +99,12 @@ def prepare_source(
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A file as it was when its content was hashed."""
-
-    path: str
-    size: int
-    mtime: int
-    hash: str
-
-    @property
-    def row(self) -> list:
-        return [self.path, self.size, self.mtime, self.hash]
-
-
-@dataclass(frozen=True)
 class Unit:
     """The work of one shard: some files, or a range of bytes of one."""
 
     key: str
     spans: tuple[tuple[Entry, int, int | None], ...]
     bytes: int
-
-
-def _entries(paths: list[str], old: dict | None, folder: Path) -> list[Entry]:
-    """Hashes files; those whose size and time are as before keep the hash they had.
-
-    A file changed within two seconds of the last look is hashed again: its time may not tell (as in git's index).
-    """
-    known = {}
-    if old:
-        looked = (folder / "store.json").stat().st_mtime_ns
-        known = {(p, s, m): h for p, s, m, h in old["files"] if 0 < m < looked - 2_000_000_000}
-    entries = []
-    for path in paths:
-        size, mtime = _stat(path)
-        entries.append(Entry(path, size, mtime, known.get((path, size, mtime)) or _hash(path)))
-    return entries
-
-
-def _stat(path: str) -> tuple[int, int]:
-    if remote(path):
-        stat = epath.Path(path).stat()
-        return stat.length, int(stat.mtime) * 10**9
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _hash(path: str) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        with epath.Path(path).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return digest.hexdigest()
 
 
 def _units(source: Source, entries: list[Entry]) -> list[Unit]:
@@ -215,8 +177,8 @@ def _shard(source: Source, unit: Unit, tokenizer: Tokenizer, folder: Path, stop:
             for text in documents(source, entry.path, first, last):
                 if stop.is_set():
                     return
-                writer.add(tokenizer.encode(text, bos=True, eos=True), len(text.encode("utf-8")))
-            if _stat(entry.path) != (entry.size, entry.mtime):
+                writer.add(tokenizer.encode(text, bos=True, eos=True), text.encode("utf-8"))
+            if stat(entry.path) != (entry.size, entry.mtime):
                 raise DataError(f"{entry.path}: changed while it was tokenised; run again when it is at rest")
         writer.commit()
     except OSError as error:
@@ -227,7 +189,36 @@ def _shard(source: Source, unit: Unit, tokenizer: Tokenizer, folder: Path, stop:
         writer.abort()
 
 
-def train_tokenizer(sources: tuple[Source, ...], vocab: int = 4096, out: str | Path | None = None) -> Tokenizer:
-    """A tokenizer trained on the text of the sources, saved into the folder `out` where given."""
-    texts = (text for source in sources for path in files(source) for text in documents(source, path))
+def train_tokenizer(
+    sources: tuple[Source, ...],
+    vocab: int = 4096,
+    out: str | Path | None = None,
+    *,
+    heldout: float = 0.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Tokenizer:
+    """A tokenizer trained on the text of the sources, saved into the folder `out` where given.
+
+    The documents that `heldout` keeps from the training of a model are left out. Raises DataError, SettingsError.
+    """
+    limits = [_limit(source, heldout) for source in sources]
+    say(f"training a tokenizer of {vocab} pieces")
+    texts = (
+        text
+        for source, limit in zip(sources, limits, strict=True)
+        for text in _texts(source)
+        if limit == 0 or text_hash(text.encode("utf-8")) >= limit
+    )
     return Tokenizer.train(texts, vocab, out)
+
+
+def _texts(source: Source) -> Iterator[str]:
+    return (text for path in files(source) for text in documents(source, path))
+
+
+def _limit(source: Source, heldout: float) -> int:
+    """What `TokenStore.split` will hold out; 0 for nothing. Reads all of the text."""
+    if not heldout:
+        return 0
+    hashes = np.array([text_hash(text.encode("utf-8")) for text in _texts(source)], np.int64)
+    return heldout_limit(source.name, hashes, heldout)

@@ -1,5 +1,6 @@
 """Where text comes from: settings of a source, and the files that it means."""
 
+import difflib
 import glob
 import os
 import re
@@ -10,7 +11,7 @@ from etils import epath
 
 from jaxllm.config import settings
 from jaxllm.data import stdlib
-from jaxllm.errors import DataError, nearest
+from jaxllm.errors import DataError
 
 Format = Literal["auto", "text", "jsonl", "parquet", "dataset"]
 
@@ -54,7 +55,7 @@ def files(source: Source) -> list[str]:
         full = [path for path in matched if size(path) > 0]
         if not full:
             every = f" (and so are all {len(matched)} files of {pattern})" if matched[1:] else ""
-            raise DataError(f"source {source.name}: {matched[0]} is empty{every}")
+            raise DataError(f"source {source.name}: {matched[0]} is empty{every}; name files that hold text")
         found += full
     return list(dict.fromkeys(found))
 
@@ -113,12 +114,13 @@ def _expand_remote(pattern: str) -> Iterator[str]:
 
 
 def _near(pattern: str) -> str:
-    """The nearest name in the deepest folder of the pattern that exists."""
+    """A name much like it in the deepest folder of the pattern that exists, or where to look."""
     folder, name = os.path.split(pattern)
     while not os.path.isdir(folder):
         folder, name = os.path.split(folder)
-    names = os.listdir(folder) if not glob.has_magic(name) else []
-    return nearest(name, names) or f"; {folder} holds {len(os.listdir(folder))} entries"
+    names = os.listdir(folder)
+    close = [] if glob.has_magic(name) else difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else f"; the folder {folder} is there and holds {len(names)} entries"
 
 
 def _dataset(folder: str, source: Source) -> list[str]:

@@ -1,5 +1,6 @@
 """The token store: every document of a source as `<bos> ... <eos>`, tokenised once, memory-mapped."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import numpy as np
 from jaxllm.errors import DataError
 
 #: Part of each store's folder name: a change of format or of how text is cut makes new shards, and reads no old ones.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,8 @@ class TokenStore:
     """tokens of each document, both ends included"""
     bytes: np.ndarray
     """UTF-8 bytes of each document's text"""
+    hashes: np.ndarray
+    """`text_hash` of each document"""
 
     @classmethod
     def open(cls, folder: str | Path, tokenizer=None) -> "TokenStore":
@@ -60,6 +63,7 @@ class TokenStore:
             start_of=np.concatenate([np.cumsum(x) - x for x in lengths]),
             lengths=np.concatenate(lengths),
             bytes=np.concatenate([docs[:, 1] for _, docs in opened]),
+            hashes=np.concatenate([docs[:, 2] for _, docs in opened]),
         )
 
     @property
@@ -101,25 +105,17 @@ class TokenStore:
             start_of=self.start_of[documents],
             lengths=self.lengths[documents],
             bytes=self.bytes[documents],
+            hashes=self.hashes[documents],
         )
 
     def split(self, heldout: float) -> tuple["TokenStore", "TokenStore"]:
-        """`(rest, held out)`: a fraction of the documents, drawn by a hash of their length and ends, so that exact
-        duplicates fall on the same side. Raises DataError where either would be empty.
-        """
-        limit = int(heldout * 2**32)
-        out = np.array([self._hash32(i) < limit for i in range(self.documents)], bool)
-        if out.all() or not out.any():
-            raise DataError(
-                f"source {self.name}: heldout={heldout} of {self.documents} documents leaves "
-                f"{'none to train on' if out.all() else 'none held out'}; name eval_sources instead"
-            )
-        return self.select(np.flatnonzero(~out)), self.select(np.flatnonzero(out))
+        """`(rest, held out)`: a fraction of the documents, the same ones whatever the tokenizer (see `heldout_limit`).
 
-    def _hash32(self, i: int) -> int:
-        length = int(self.lengths[i])
-        parts = (length.to_bytes(8, "big"), self.doc(i, 0, 64).tobytes(), self.doc(i, max(0, length - 64)).tobytes())
-        return int.from_bytes(hashlib.blake2b(b"".join(parts), digest_size=4).digest(), "big")
+        Raises DataError where there are no two documents of different text.
+        """
+        out = self.hashes < heldout_limit(self.name, self.hashes, heldout)
+        rest, held = self.select(np.flatnonzero(~out)), self.select(np.flatnonzero(out))
+        return rest, replace(held, name=f"{self.name}-heldout")
 
 
 class ShardWriter:
@@ -131,17 +127,17 @@ class ShardWriter:
         self._temp = folder / f"{key}.{uuid.uuid4().hex[:12]}.tmp"
         self._file = self._temp.open("wb")
 
-    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """One document."""
+    def add(self, tokens: np.ndarray, text: bytes) -> None:
+        """One document: its tokens, and its text in UTF-8."""
         self._file.write(tokens.astype(self._dtype).tobytes())
-        self._docs.append((len(tokens), text_bytes))
+        self._docs.append((len(tokens), len(text), text_hash(text)))
 
     def commit(self) -> None:
         """Makes the shard durable and visible."""
         _sync(self._file)
         self._temp.replace(self._folder / f"{self._key}.tokens")
         with self._temp.open("wb") as file:
-            np.save(file, np.array(self._docs, np.int64).reshape(-1, 2))
+            np.save(file, np.array(self._docs, np.int64).reshape(-1, 3))
             _sync(file)
         self._temp.replace(self._folder / f"{self._key}.docs.npy")
 
@@ -178,9 +174,30 @@ def write_meta(folder: Path, meta: dict) -> None:
         if path.name.split(".")[0] not in meta["shards"]:
             path.unlink(missing_ok=True)
     for path in folder.glob("*.tmp"):
-        # Another process may be writing this text too; one that has been silent for an hour is gone.
-        if path.stat().st_mtime < time.time() - 3600:
-            path.unlink(missing_ok=True)
+        # Another process may be writing this text too, and finish just now; one silent for an hour is gone.
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - 3600:
+                path.unlink()
+
+
+def text_hash(text: bytes) -> int:
+    """32 bits of a document's text, by which it is held out or not."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
+
+
+def heldout_limit(name: str, hashes: np.ndarray, heldout: float) -> int:
+    """Documents whose `text_hash` lies below this number are held out.
+
+    They are about the fraction `heldout` of all, at least one and never all; copies fall on the same side. Raises
+    DataError where there are no two documents of different text.
+    """
+    if hashes.size == 0 or hashes.min() == hashes.max():
+        raise DataError(
+            f"source {name}: heldout={heldout} needs two documents of different text, and there is "
+            f"{'one' if hashes.size else 'none'}; a text file is one document unless the source sets document: "
+            "blank_line (or line); or name eval_sources instead"
+        )
+    return int(np.clip(int(heldout * 2**32), hashes.min() + 1, hashes.max()))
 
 
 def digest(value) -> str:

@@ -1,52 +1,50 @@
-"""The tokenizer: SentencePiece BPE with byte fallback, trained here or loaded, lossless on any text."""
+"""The tokenizer: text to ids and back. One interface over SentencePiece models and `tokenizer.json` files."""
 
 import codecs
 import hashlib
-import io
-import re
+import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 from etils import epath
 
-from jaxllm.data.chat import DEFAULT_TEMPLATE, MARKERS, render
-from jaxllm.errors import DataError, SettingsError
+from jaxllm.data import chat, special
+from jaxllm.data.chat import DEFAULT_TEMPLATE, MARKERS, Rendered
+from jaxllm.data.hf_tokenizer import HuggingFace
+from jaxllm.data.sentencepiece_tokenizer import SentencePiece, size
+from jaxllm.errors import DataError
 
-#: Characters encoded in one call: SentencePiece slows down on long strings (10.7 MB: 2.3 s in pieces, 8 s whole).
-WINDOW = 1 << 16
-#: SentencePiece writes a space as U+2581, so a real U+2581 in the text is encoded by its three bytes instead.
-BLOCK = "▁"
-#: What normalising models change: a missing first space, runs of spaces, newlines, a ligature, a decomposed accent.
-PROBE = "a  b\n\n ﬁ e\u0301 "
+#: What normalising models change: a first space, runs of spaces, newlines, a ligature, an accent, U+2581 itself.
+PROBE = "a  b\n\n ﬁ e\u0301 ▁ "
 
 
 class Tokenizer:
-    """Text to token ids and back. `decode(encode(text)) == text` for every string that UTF-8 can hold, NUL included.
+    """Text to token ids and back.
 
-    Ids 0 to 3 are `<pad> <unk> <bos> <eos>`, then the chat markers. These are control pieces: `encode` never gives
-    their ids, whatever the text says; only `bos`, `eos` and `render` (the chat template) place them.
+    `vocab` counts ids, added tokens included. `pad`, `unk` and `eos` are ids or None; `bos` is the id that published
+    software puts before a text, None where it puts none (`before` has all, should it put several). `stop_ids` end a
+    turn or a text. `lossless` says that `decode(encode(text)) == text` for every string that UTF-8 can hold
+    (tokenizers trained here always are).
+
+    Control tokens (begin, end, chat markers, all that the tokenizer's files call special) never come from text,
+    whatever it says; only `bos`, `eos` and `render` (the chat template) place them.
     """
 
-    def __init__(self, model: bytes, template: str = DEFAULT_TEMPLATE):
-        """`model`: the bytes of a SentencePiece `.model`. Raises DataError if they are not one."""
-        self.model, self.template = model, template
-        self._sp = sentencepiece.SentencePieceProcessor()
-        try:
-            self._sp.LoadFromSerializedProto(model)
-        except RuntimeError as error:
-            raise DataError(f"not a SentencePiece model ({len(model):,} bytes): {error}") from None
-        self.vocab: int = self._sp.vocab_size()
-        self.pad, self.unk, self.bos, self.eos = (
-            getattr(self._sp, f"{name}_id")() for name in ("pad", "unk", "bos", "eos")
-        )
-        if min(self.bos, self.eos) < 0:
-            raise DataError(
-                "this SentencePiece model has no begin or no end piece; train one with jaxllm tokenizer train"
-            )
-        if self.decode(self._sp.encode(PROBE)) != PROBE:
+    def __init__(self, files: dict[str, bytes]):
+        """`files`: `{name: bytes}` of a tokenizer folder (`special.FILES`). Raises DataError for damaged ones."""
+        self.files = files
+        self._special = special.read(files)
+        self._backend = _backend(files, self._special)
+        self.vocab: int = self._backend.vocab
+        self.pad, self.unk, self.eos = (self._named(f"{name}_token") for name in ("pad", "unk", "eos"))
+        if self.eos is None and self._special.ends:
+            self.eos = self._special.ends[0]
+        self.before = self._prefix()
+        self.bos: int | None = self.before[0] if self.before else None
+        self.lossless: bool = self._lossless()
+        if self._backend.own and not self.lossless:
             raise DataError(
                 "this SentencePiece model normalises text (spaces, accents or a prefix) and would lose some"
             )
@@ -62,196 +60,213 @@ class Tokenizer:
     ) -> "Tokenizer":
         """A BPE tokenizer of `vocab` pieces, saved into the folder `out` where given; the same texts give the same one.
 
-        At most `max_bytes` of text are used, spread evenly over all of it. Raises SettingsError where the text
-        allows fewer pieces or needs more, DataError where there is no text. BPE: Sennrich et al. 2016; byte
-        fallback: Kudo and Richardson 2018 (SentencePiece).
+        Ids 0 to 3 are `<pad> <unk> <bos> <eos>`, then the chat markers. At most `max_bytes` of text are used, spread
+        evenly over all of it. Raises SettingsError where the text allows fewer pieces or needs more, DataError where
+        there is no text. BPE: Sennrich et al. 2016; byte fallback: Kudo and Richardson 2018 (SentencePiece).
         """
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.Train(
-                sentence_iterator=iter(_sample(texts, max_bytes)),
-                model_writer=model,
-                model_type="bpe",
-                vocab_size=vocab,
-                control_symbols=list(MARKERS),
-                **TRAINER,
-            )
-        except RuntimeError as error:
-            raise _explain(str(error), vocab) from None
-        tokenizer = cls(model.getvalue())
+        from jaxllm.data.sentencepiece_train import train
+
+        model = train(texts, vocab, max_bytes)
+        tokenizer = cls({"tokenizer.model": model, "chat_template.jinja": DEFAULT_TEMPLATE.encode("utf-8")})
         if out is not None:
             tokenizer.save(out)
         return tokenizer
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """From a folder written by `save`, or a `.model` file, local or gs://.
+        """From a folder (ours or a Hugging Face model's), a `.model` file or a tokenizer.json, local or gs://.
 
-        Raises DataError for a missing or damaged one.
+        The files beside it (tokenizer_config.json, chat template, ...) count. Raises DataError for a missing or damaged
+        one, with its path.
         """
         path = epath.Path(path)
-        file = path / "tokenizer.model" if path.is_dir() else path
-        if not file.is_file():
-            raise DataError(f"{file}: no such file; make one with jaxllm tokenizer train")
-        template = file.parent / "chat_template.jinja"
+        folder = path if path.is_dir() else path.parent
+        names = [name for name in special.FILES if (folder / name).is_file()]
+        if (more := folder / special.MORE_TEMPLATES).is_dir():
+            names += [f"{special.MORE_TEMPLATES}/{file.name}" for file in sorted(more.glob("*.jinja"))]
+        files = {name: (folder / name).read_bytes() for name in names}
+        if path.is_file() and path.name != "tokenizer.json":
+            files = {"tokenizer.model": path.read_bytes()} | {
+                k: v for k, v in files.items() if k not in ("tokenizer.json", "tokenizer.model")
+            }
+        if not path.is_file() and not cls.found(path):
+            file = path / "tokenizer.model" if path.is_dir() else path
+            raise DataError(f"{file}: no such file, and no tokenizer.json; make one with jaxllm tokenizer train")
         try:
-            return cls(file.read_bytes(), template.read_text() if template.is_file() else DEFAULT_TEMPLATE)
+            return cls(files)
         except DataError as error:
-            raise DataError(f"{file}: {error}") from None
+            inside = str(error).startswith(special.FILES)
+            file = path / "tokenizer.model" if path.is_dir() else path
+            raise DataError(f"{folder}/{error}" if inside else f"{file}: {error}") from None
+
+    @staticmethod
+    def found(folder: str | Path) -> bool:
+        """Whether a folder holds a tokenizer."""
+        return any((epath.Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
     def save(self, folder: str | Path) -> None:
-        """Writes `tokenizer.model` and `chat_template.jinja` into `folder`."""
-        folder = epath.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(self.model)
-        (folder / "chat_template.jinja").write_text(self.template)
+        """Writes the files that this tokenizer came from, byte for byte, into `folder`."""
+        for name, data in self.files.items():
+            path = epath.Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+    def to_hf(self, folder: str | Path) -> None:
+        """Writes a folder that transformers' AutoTokenizer loads, with equal ids: `save`, and what it lacks."""
+        from jaxllm.data.sentencepiece_export import hf_files
+
+        Tokenizer(self.files | (hf_files(self) if self._backend.own else {})).save(folder)
+
+    def with_template(self, template: str) -> "Tokenizer":
+        """The same tokenizer with another chat template."""
+        return Tokenizer(self.files | {"chat_template.jinja": template.encode("utf-8")})
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the model's bytes, in hex: what stores and checkpoints compare."""
-        return hashlib.sha256(self.model).hexdigest()
+        """SHA-256, in hex, of what decides the ids of a text: what stores and checkpoints compare."""
+        main = "tokenizer.model" if isinstance(self._backend, SentencePiece) else "tokenizer.json"
+        found = hashlib.sha256(self.files[main])
+        beside = self._special.added or self._special.names or self._special.add_bos is not None
+        if beside and not self._backend.own:
+            found.update(json.dumps([sorted(self.control.items()), self.before, self.eos]).encode("utf-8"))
+        return found.hexdigest()
+
+    @property
+    def template(self) -> str | None:
+        """The default chat template, None for a base model without one."""
+        return self._special.templates.get("default", DEFAULT_TEMPLATE if self._backend.own else None)
+
+    @property
+    def control(self) -> dict[str, int]:
+        """`{content: id}` of the tokens that no text becomes."""
+        return self._backend.control
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a turn or a text: by generation_config.json, or else by the names that are known."""
+        ends = self._special.ends or [i for content, i in self.control.items() if content in special.ENDS]
+        return tuple(dict.fromkeys([*([] if self.eos is None else [self.eos]), *ends]))
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> np.ndarray:
-        """int32 ids of the text, with begin and end pieces on request. Raises DataError for half a surrogate pair."""
-        _size(text)
-        parts = [[self.bos]] if bos else []
-        for i, part in enumerate(text.split(BLOCK)):
-            parts += [self._block] if i else []
-            parts += [self._sp.EncodeAsNumpy(window) for window in _windows(part)]
-        parts += [[self.eos]] if eos else []
-        return np.concatenate(parts, dtype=np.int32) if parts else np.zeros(0, np.int32)
+        """int32 ids of the text; `bos` adds what the tokenizer puts before a text, `eos` the end-of-text id, if any.
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text; control pieces are left out, bytes that are not UTF-8 become U+FFFD.
+        Raises DataError for half a surrogate pair.
+        """
+        size(text)
+        ids = self._backend.encode(text)
+        if not bos and (not eos or self.eos is None):
+            return ids
+        after = [self.eos] if eos and self.eos is not None else []
+        return np.concatenate([self.before if bos else [], ids, after], dtype=np.int32, casting="unsafe")
 
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True, continued: bool = False) -> str:
+        """The text; bytes that are not UTF-8 become U+FFFD. Control tokens are left out, or shown by name.
+
+        `continued`: the ids go on from others, so that a first space is text and not the tokenizer's own.
         Raises DataError for an id outside the vocabulary, with its position.
         """
         ids = [int(i) for i in ids]
         bad = next((k for k, i in enumerate(ids) if not 0 <= i < self.vocab), None)
         if bad is not None:
             raise DataError(f"token id {ids[bad]} at position {bad} is outside the vocabulary of {self.vocab:,} pieces")
-        return b"".join(self.bytes_of[i] for i in ids).decode("utf-8", errors="replace")
+        names = {} if skip_special else {i: content.encode("utf-8") for content, i in self.control.items()}
+        pieces = [names[i] if i in names else self.bytes_of[i] for i in ids]
+        first = next((k for k, i in enumerate(ids) if i not in self.before), None)
+        if self.strips and not continued and first is not None and ids[first] not in names:
+            pieces[first] = pieces[first].removeprefix(b" ")
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
-    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> np.ndarray:
-        """int32 ids of a conversation under the chat template (see chat.render)."""
-        return render(self, messages, add_generation_prompt=add_generation_prompt)
+    def render(self, messages: list[dict], tools: list[dict] | None = None, **options) -> np.ndarray:
+        """int32 ids of a conversation under the chat template (options: see `render_masked`)."""
+        return self.render_masked(messages, tools, **options).ids_N
+
+    def render_masked(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        *,
+        documents: list[dict] | None = None,
+        add_generation_prompt: bool = False,
+        **variables,
+    ) -> Rendered:
+        """The ids, and which of them the template marks as said by the assistant (`{% generation %}`).
+
+        `messages`: `[{"role": "user", "content": "..."}]`; `tools`: JSON schemas; `variables`: what this template takes
+        besides (`enable_thinking=False`). Raises DataError where there is no template or it refuses the conversation.
+        """
+        named = "tool_use" if tools and "tool_use" in self._special.templates else "default"
+        source = self._special.templates.get(named, self.template)
+        if source is None:
+            raise DataError("this tokenizer has no chat template: its model is no chat model, or the file is missing")
+        given = dict(tools=tools, documents=documents, add_generation_prompt=add_generation_prompt) | variables
+        size(json.dumps([messages, given], ensure_ascii=False, default=str))
+        return chat.render(self._backend, source, messages, self.control, given, self.names)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """`{"bos_token": "<s>", ...}`: what templates call the special tokens."""
+        return {name: self.piece(i) for name, i in self._backend.names.items()} | self._special.names
 
     def id(self, piece: str) -> int:
-        """The id of a control piece such as `<|end|>`. Raises DataError where this tokenizer has none."""
-        i = self._sp.piece_to_id(piece)
-        if not self._sp.is_control(i):
+        """The id of a control token such as `<|end|>`. Raises DataError where this tokenizer has none."""
+        if piece not in self.control:
             raise DataError(f"this tokenizer has no control piece {piece}")
-        return i
+        return self.control[piece]
 
     def piece(self, i: int) -> str:
-        """How one token is shown to people: `▁def`, `<0x0A>`, `<bos>`."""
-        return self._sp.id_to_piece(int(i))
+        """How one token is shown to people: `▁def`, `Ġdef`, `<0x0A>`, `<bos>`."""
+        return self._backend.pieces[int(i)]
 
-    @cached_property
+    @property
     def bytes_of(self) -> tuple[bytes, ...]:
-        """The UTF-8 bytes that each id stands for; none for control pieces."""
-        return tuple(self._bytes(i) for i in range(self.vocab))
+        """The bytes that each id stands for; none for control tokens. `strips` takes a first space of a text away."""
+        return self._backend.bytes_of
 
-    def _bytes(self, i: int) -> bytes:
-        piece = self._sp.id_to_piece(i)
-        if self._sp.is_byte(i):
-            return bytes([int(piece[1:-1], 16)])
-        if self._sp.is_control(i) or self._sp.is_unknown(i):
-            return b""
-        return piece.replace(BLOCK, " ").encode("utf-8")
+    @property
+    def strips(self) -> bool:
+        """Whether encoding puts a space of its own before a text."""
+        return self._backend.strips
 
-    @cached_property
-    def _block(self) -> list[int]:
-        ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in BLOCK.encode("utf-8")]
-        if not all(self._sp.is_byte(i) for i in ids):
-            raise DataError(
-                f"the text holds {BLOCK!r} (U+2581), which this tokenizer, without byte fallback, cannot say"
-            )
-        return ids
+    def _named(self, name: str) -> int | None:
+        content = self._special.names.get(name)
+        return self.control.get(content, self._backend.names.get(name))
+
+    def _prefix(self) -> tuple[int, ...]:
+        bos, flag = self._named("bos_token"), self._special.add_bos
+        if flag is None and isinstance(self._backend, HuggingFace):
+            return self._backend.ends()[0] if self._special.add_eos is None else ()
+        return (bos,) if bos is not None and flag is not False else ()
+
+    def _lossless(self) -> bool:
+        return self.decode(self._backend.encode(PROBE)) == PROBE
 
 
 class StreamDecoder:
     """Decodes ids one at a time and gives text only when whole characters are there: never broken UTF-8."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, continued: bool = False):
+        """`continued`: see `Tokenizer.decode`."""
         self._tokenizer = tokenizer
+        self._strips = tokenizer.strips and not continued
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, i: int) -> str:
         """The text that one more id completes, often one piece, sometimes nothing."""
         if not 0 <= i < self._tokenizer.vocab:
             raise DataError(f"token id {i} is outside the vocabulary of {self._tokenizer.vocab:,} pieces")
-        return self._utf8.decode(self._tokenizer.bytes_of[i])
+        piece = self._tokenizer.bytes_of[i]
+        if self._strips and i not in self._tokenizer.before:
+            piece, self._strips = piece.removeprefix(b" "), False
+        return self._utf8.decode(piece)
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was never finished, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
-#: Lossless: no normalisation, spaces kept as they are, bytes for what no piece covers. Pieces may join letters and
-#: punctuation: on Python source with 4,096 pieces 3.8 bytes a token, against 3.5 when Unicode scripts split words.
-TRAINER = dict(
-    normalization_rule_name="identity",
-    remove_extra_whitespaces=False,
-    add_dummy_prefix=False,
-    allow_whitespace_only_pieces=True,
-    split_by_unicode_script=False,
-    split_digits=True,
-    byte_fallback=True,
-    character_coverage=0.9995,
-    max_sentence_length=1 << 16,
-    # The model's bytes hold this number, so that it is part of the hash: the same on every machine.
-    num_threads=2,
-    minloglevel=2,
-    **{f"{name}_id": i for i, name in enumerate(("pad", "unk", "bos", "eos"))},
-    **{f"{name}_piece": f"<{name}>" for name in ("pad", "unk", "bos", "eos")},
-)
-
-
-def _explain(message: str, vocab: int) -> Exception:
-    if fewer := re.search(r"too high .* value <= (\d+)", message):
-        return SettingsError(
-            f"vocab={vocab}: this text gives at most {fewer[1]} pieces; set vocab={fewer[1]} or add text"
-        )
-    if more := re.search(r"(\d+) vs (\d+)", message):
-        return SettingsError(f"vocab={vocab}: bytes and characters of this text alone need {more[2]}; set vocab higher")
-    if "sentences_.empty" in message:
-        return DataError("there is no text to train a tokenizer on")
-    return DataError(f"SentencePiece could not train on this text: {message}")
-
-
-def _windows(text: str, size: int = WINDOW) -> Iterable[str]:
-    """Cuts long text where no piece can span: before a space that follows something else."""
-    start = 0
-    while len(text) - start > size:
-        cut = text.rfind(" ", start + 1, start + size)
-        while cut > start and text[cut - 1] == " ":
-            cut -= 1
-        cut = cut if cut > start else start + size
-        yield text[start:cut]
-        start = cut
-    if start < len(text):
-        yield text[start:]
-
-
-def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Windows of text, evenly spread: each time too much is held, every other one is dropped and the stride doubles."""
-    kept, held, stride = [], 0, 1
-    windows = (w for text in texts for w in _windows(text, 4096))
-    for i, window in enumerate(windows):
-        if i % stride:
-            continue
-        kept.append(window)
-        held += _size(window)
-        if held > max_bytes and len(kept) > 1:
-            kept, stride = kept[::2], stride * 2
-            held = sum(_size(w) for w in kept)
-    return kept
-
-
-def _size(text: str) -> int:
-    """UTF-8 bytes of a string. Raises DataError for half a surrogate pair, which JSON can say and UTF-8 cannot."""
-    try:
-        return len(text.encode("utf-8"))
-    except UnicodeEncodeError as error:
-        raise DataError(f"character {error.start} is half a surrogate pair, which UTF-8 cannot hold") from None
+def _backend(files: dict[str, bytes], settings: special.Special):
+    """tokenizer.json where there is one, as in transformers, except beside a model that was trained here."""
+    model = files.get("tokenizer.model", b"")
+    if "tokenizer.json" in files and not all(marker.encode("utf-8") in model for marker in MARKERS):
+        return HuggingFace(special.parse(files, "tokenizer.json"), settings)
+    return SentencePiece(model, settings)

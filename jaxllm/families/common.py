@@ -209,13 +209,14 @@ def _llama3(keys, rope, context):
 def _longrope(keys, rope, context):
     original, factor = _original(keys, rope, context)
     short, long = (tuple(map(float, rope.get(key))) for key in ("short_factor", "long_factor"))
+    given = rope.number("attention_factor", None, 0, float)
     return dict(
         scaling="longrope",
-        factor=max(factor, 1.0),
+        factor=max(factor, 1.0) if given is None else 1.0,  # it only says what the attention factor is by default
         original_context=original,
         short_factors=short,
         long_factors=long,
-        attention_factor=rope.number("attention_factor", None, 0, float),
+        attention_factor=given,
     )
 
 
@@ -261,7 +262,7 @@ def write_rope(rope: RopeSpec) -> dict[str, Any]:
         "dynamic_ntk": ("factor",),
         "yarn": ("factor", "original_context", "beta_fast", "beta_slow", "attention_factor", "truncate"),
         "llama3": ("factor", "original_context", "low_freq_factor", "high_freq_factor"),
-        "longrope": ("factor", "original_context", "short_factors", "long_factors", "attention_factor"),
+        "longrope": ("original_context", "short_factors", "long_factors", "attention_factor", "factor"),
     }
     theirs = {
         "original_context": "original_max_position_embeddings",

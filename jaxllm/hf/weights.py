@@ -96,7 +96,7 @@ def read(model: Model, family: Family, tensors: Mapping[str, Stored], *, dtype=j
     shape is not what config.json makes it.
     """
     abstract = tree.flatten(model.abstract)
-    shapes = {path: _unpadded(path, leaf.shape, model.config) for path, leaf in abstract.items()}
+    shapes = {path: unpadded(path, leaf.shape, model.config) for path, leaf in abstract.items()}
     family = based(family, tensors)
     rope = rope_dims(model.config)
     params, used = {}, set()
@@ -201,14 +201,14 @@ def check_tied(family: Family, config: ModelConfig, tensors: Mapping[str, Stored
 def write(family: Family, config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """`(name, tensor)` of every stored tensor of a model, one at a time on the host."""
     leaves = tree.flatten(params)
-    shapes = {path: _unpadded(path, leaf.shape, config) for path, leaf in leaves.items()}
+    shapes = {path: unpadded(path, leaf.shape, config) for path, leaf in leaves.items()}
     rope = rope_dims(config)
     for place in places(family, config, shapes):
         ours = {path: _host(leaves[whole], place.index, shapes[whole]) for path, whole in place.paths.items()}
         yield place.name, to_theirs(place.map, ours, rope)
 
 
-def _unpadded(path: str, shape, config: ModelConfig):
+def unpadded(path: str, shape, config: ModelConfig):
     """The shape without the rows that pad the vocabulary, which are never stored."""
     return (config.vocab, *shape[1:]) if path in ("embed", "head") else shape
 

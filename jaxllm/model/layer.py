@@ -14,6 +14,14 @@ def _refuse(**ignored):
             raise ValueError(f"{name}={value} would be ignored: {why}")
 
 
+def positive(spec, *names: str) -> None:
+    """Raises ValueError for a field that is set and not above 0 (at least 1 where it is an integer)."""
+    for name in names:
+        value = getattr(spec, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} must be {'at least 1' if isinstance(value, int) else 'above 0'}")
+
+
 @settings
 class RopeSpec:
     """Rotary position embeddings (Su et al. 2021, arXiv 2104.09864) and their extensions to longer contexts."""
@@ -48,6 +56,11 @@ class RopeSpec:
     def __post_init__(self):
         if self.base <= 0 or self.factor < 1 or not 0 < self.fraction <= 1:
             raise ValueError(f"rope needs base > 0, factor >= 1, 0 < fraction <= 1; got {self}")
+        positive(self, "original_context", "beta_slow", "low_freq_factor", "high_freq_factor")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}"
+            )
         if self.scaling == "none":
             _refuse(factor=(self.factor, 1.0, "set scaling, such as scaling=yarn"))
         needs_original = self.scaling in ("dynamic_ntk", "yarn", "llama3", "longrope")
@@ -108,9 +121,7 @@ class LatentSpec:
     """Added to the variance in the norms of the short vectors."""
 
     def __post_init__(self):
-        for name in ("kv_rank", "q_rank", "rope_head", "v_head"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        positive(self, "kv_rank", "q_rank", "rope_head", "v_head", "norm_eps")
 
 
 @settings
@@ -145,12 +156,11 @@ class AttnSpec:
     """Bias on the output projection."""
 
     def __post_init__(self):
-        if self.heads < 1 or self.heads % (self.kv_heads or self.heads):
+        positive(self, "heads", "kv_heads", "head", "window", "scale", "softcap")
+        if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
         if self.alibi and self.rope is not None:
             raise ValueError("alibi=true and rope are both set; set rope to null")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1")
         if self.latent is not None:
             why = "latent attention makes each head's key from the compressed one"
             _refuse(kv_heads=(self.kv_heads, None, why), qk_norm=(self.qk_norm, None, "latent attention has its own"))
@@ -168,6 +178,9 @@ class MlpSpec:
     form of swiglu: gate * sigmoid(1.702 gate) * (up + 1), with gate and up held within 7."""
     bias: bool = False
     """Biases on all its projections."""
+
+    def __post_init__(self):
+        positive(self, "ffw")
 
 
 @settings
@@ -213,21 +226,22 @@ class MoeSpec:
     """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, equation 5)."""
 
     def __post_init__(self):
+        positive(self, "experts", "ffw", "scale", "capacity_factor", "bias_rate", "groups")
+        if self.shared_ffw < 0 or self.z_coef < 0:
+            raise ValueError(f"shared_ffw={self.shared_ffw} and z_coef={self.z_coef} must not be negative")
         if not 1 <= self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token={self.experts_per_token} must lie in 1 to experts={self.experts}")
         if self.balance not in ("sequence", "batch"):
             _refuse(balance_coef=(self.balance_coef, None, f"balance={self.balance} has no loss"))
         if self.balance != "bias":
             _refuse(bias_rate=(self.bias_rate, None, f"balance={self.balance} has no bias"))
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or null to drop no token")
         self._check_groups()
 
     def _check_groups(self):
         if self.groups == 1:
             _refuse(groups_per_token=(self.groups_per_token, None, "groups=1"))
             return _refuse(group_score=(self.group_score, None, "groups=1"))
-        if self.groups < 1 or self.experts % self.groups:
+        if self.experts % self.groups:
             raise ValueError(f"experts={self.experts} must be a multiple of groups={self.groups}")
         if self.groups_per_token is None or self.group_score is None:
             raise ValueError(f"groups={self.groups} needs groups_per_token and group_score")

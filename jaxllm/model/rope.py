@@ -15,7 +15,7 @@ from jaxllm.model.spec import RopeSpec
 def frequencies(rope: RopeSpec, head: int, length=None) -> tuple[jax.Array | np.ndarray, float]:
     """Angles per position `f_R` (radians), and the factor on cos and sin.
 
-    `length` (traced, `[B, 1]`) matters to dynamic NTK only, which then returns `f_BR`; LongRoPE returns `f_2R`, for
+    `length` (traced, `[B, T]`) matters to dynamic NTK only, which then returns `f_BTR`; LongRoPE returns `f_2R`, for
     short rows and for long ones. Sources: linear, Chen et al. 2023 (arXiv 2306.15595); YaRN, Peng et al. 2023 (arXiv
     2309.00071), sections 3.1 to 3.4 and NTK-aware and dynamic scaling in appendix A; LongRoPE, Ding et al. 2024 (arXiv
     2402.13753), equation 1 and section 3.3; Llama 3.1, the published reference implementation.
@@ -28,7 +28,7 @@ def frequencies(rope: RopeSpec, head: int, length=None) -> tuple[jax.Array | np.
     if rope.scaling == "ntk":
         return (rope.base * rope.factor ** (dims / (dims - 2))) ** -exponent, 1.0
     if rope.scaling == "dynamic_ntk":
-        stretch = jnp.maximum(rope.factor * length / rope.original_context - (rope.factor - 1), 1.0)
+        stretch = jnp.maximum(rope.factor * length[..., None] / rope.original_context - (rope.factor - 1), 1.0)
         return (rope.base * stretch ** (dims / (dims - 2))) ** -exponent, 1.0
     if rope.scaling == "yarn":
         factor = rope.attention_factor
@@ -70,23 +70,37 @@ def _llama3(rope: RopeSpec, plain):
     return plain * blend + plain / rope.factor * (1 - blend)
 
 
-def tables(rope: RopeSpec, head: int, positions_BT: jax.Array, lengths_B=None) -> tuple[jax.Array, jax.Array]:
+def tables(
+    rope: RopeSpec, head: int, positions_BT: jax.Array, lengths_B=None, segments_BT=None
+) -> tuple[jax.Array, jax.Array]:
     """`cos_BTR, sin_BTR` in float32.
 
-    With dynamic NTK and LongRoPE a token's angles depend on how long its row is; that is how they are defined.
-    `lengths_B` says it where `positions_BT` holds a part of the row; by default it is read off them.
+    With dynamic NTK and LongRoPE a token's angles depend on how long its document is; that is how they are defined.
+    `lengths_B` says it where `positions_BT` holds a part of a row; by default it is read off them, for each of the
+    `segments_BT` by itself.
     """
-    if rope.by_length and lengths_B is None:
-        lengths_B = jnp.max(positions_BT, axis=1) + 1
-    found, factor = frequencies(rope, head, lengths_B[:, None] if rope.by_length else None)
+    length_BT = None
+    if rope.by_length:
+        length_BT = _lengths(positions_BT, segments_BT) if lengths_B is None else lengths_B[:, None]
+    found, factor = frequencies(rope, head, length_BT)
     if rope.scaling == "dynamic_ntk":
-        angle_BTR = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(found, jnp.float32)[:, None]
+        angle_BTR = positions_BT[..., None].astype(jnp.float32) * found.astype(jnp.float32)
     elif rope.scaling == "longrope":
         short_BTR, long_BTR = (angles(f_R, positions_BT) for f_R in found)
-        angle_BTR = jnp.where(lengths_B[:, None, None] > rope.original_context, long_BTR, short_BTR)
+        angle_BTR = jnp.where((length_BT > rope.original_context)[..., None], long_BTR, short_BTR)
     else:
         angle_BTR = angles(found, positions_BT)
     return jnp.cos(angle_BTR) * factor, jnp.sin(angle_BTR) * factor
+
+
+def _lengths(positions_BT, segments_BT):
+    """The length of each token's document: one more than the position of its last token."""
+    if segments_BT is None:
+        return jnp.max(positions_BT, axis=1, keepdims=True) + 1
+    ends_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    T = positions_BT.shape[1]
+    last_BT = jax.lax.cummin(jnp.where(ends_BT, jnp.arange(T), T), axis=1, reverse=True)
+    return jnp.take_along_axis(positions_BT, last_BT, axis=1) + 1
 
 
 def angles(frequency_R: np.ndarray, positions_BT: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxllm.config import settings
-from jaxllm.model.layer import AttnSpec, LatentSpec, LayerSpec, MlpSpec, MoeSpec, RopeSpec
+from jaxllm.model.layer import AttnSpec, LatentSpec, LayerSpec, MlpSpec, MoeSpec, RopeSpec, positive
 
 __all__ = [
     "AttnSpec",
@@ -74,6 +74,7 @@ class ModelConfig:
             raise ValueError("pattern needs at least one layer")
         if self.layers < 1 or len(self.prefix) > self.layers:
             raise ValueError(f"layers={self.layers} must be at least 1 and cover the prefix of {len(self.prefix)}")
+        positive(self, "vocab", "embed", "context", "vocab_multiple", "norm_eps", "embed_scale", "logit_softcap")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
         for spec in (*self.prefix, *self.pattern):
@@ -141,8 +142,9 @@ class ModelConfig:
 class Kernels:
     """How the same numbers are computed; never changes what a model is."""
 
-    attention: Literal["blockwise", "reference"] = "blockwise"
-    """Training attention: by chunks with its own backward pass, or with all logits in memory."""
+    attention: Literal["auto", "blockwise", "reference"] = "auto"
+    """Training attention: blockwise goes by chunks with its own backward pass, reference holds all logits in memory.
+    auto is blockwise, but reference where devices split each sequence (parallel.context)."""
     unroll: int | None = None
     """Up to this many layers run unrolled, more are scanned; null means 8 on CPU (8 to 20 % faster), 0 elsewhere."""
 

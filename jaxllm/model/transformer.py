@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
-from jaxllm.errors import UserError
+from jaxllm.errors import SettingsError, UserError
 from jaxllm.model.attention import Attention
 from jaxllm.model.cache import Cache
 from jaxllm.model.latent import LatentAttention
@@ -142,10 +142,10 @@ class Transformer(nnx.Module):
             positions_BT=positions_BT,
             segments_BT=segments_BT,
             real_BT=positions_BT >= 0 if segments_BT is None else segments_BT > 0,
-            tables=tuple(tables(*pair, positions_BT, lengths_B) for pair in ropes),
+            tables=tuple(tables(*pair, positions_BT, lengths_B, segments_BT) for pair in ropes),
             ropes=ropes,
             sharding=sharding,
-            attention=kernels.attention if sharding.mesh.shape["context"] == 1 else "reference",
+            attention=_attention_kind(kernels, sharding),
         )
 
     def _embed(self, tokens_BT, context: Context, key):
@@ -163,6 +163,17 @@ class Transformer(nnx.Module):
 def _stack(spec: LayerSpec, config: ModelConfig, rngs: nnx.Rngs) -> Block:
     """The layers of one pattern slot as a Block whose weights have a leading axis over periods."""
     return nnx.vmap(lambda r: Block(spec, config, r))(rngs.split(config.periods))
+
+
+def _attention_kind(kernels: Kernels, sharding: Sharding) -> str:
+    """Raises SettingsError for the blockwise form on a mesh that splits sequences: it reads keys by their index."""
+    split = sharding.mesh.shape["context"] > 1
+    if split and kernels.attention == "blockwise":
+        raise SettingsError(
+            f"kernels.attention=blockwise needs whole sequences, and parallel.context={sharding.mesh.shape['context']} "
+            "splits them; set kernels.attention=auto"
+        )
+    return kernels.attention if kernels.attention != "auto" else "reference" if split else "blockwise"
 
 
 def _unroll_up_to(kernels: Kernels) -> int:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from jaxllm.data.mixture import BLOCK, mix
+from jaxllm.data.pack import Rows
 from jaxllm.errors import SettingsError
 
 
@@ -42,6 +43,35 @@ def test_weights_are_relative_and_zero_leaves_out(stores):
     assert mix(stores, {"a": 70, "b": 25, "c": 5}, 16).counts.tolist() == mix(stores, WEIGHTS, 16).counts.tolist()
     only = mix(stores, {"a": 0, "b": 2}, 16)
     assert only.names == ("b",) and {only.locate(r)[0] for r in range(100)} == {0}
+
+
+def test_the_next_stage_goes_on_in_each_source(stores):
+    """Two stages of other weights read every row of a source once before the first one comes again."""
+    first = mix(stores, {"a": 0.8, "b": 0.2}, 16, seed=4)
+    read = BLOCK + 100
+    second = mix(stores, {"a": 0.1, "c": 0.9}, 16, seed=4, reached=first.reached(read))
+    for stream, rows in ((first, read), (second, 3 * BLOCK)):
+        found = {name: [] for name in "abc"}
+        for s, k in map(stream.locate, range(rows)):
+            found[stream.names[s]].append(k)
+        for name, (_, end) in stream.reached(rows).items():
+            start = first.reached(read)[name][1] if stream is second and name == "a" else 0
+            assert found[name] == list(range(start, end)), name
+    assert first.reached(read)["a"][1] == sum(first.locate(r)[0] == 0 for r in range(read)) > 0
+    assert second.fingerprint != mix(stores, {"a": 0.1, "c": 0.9}, 16, seed=4).fingerprint
+
+
+def test_another_length_goes_on_with_the_next_epoch(stores):
+    rows, longer = (Rows(stores["a"], length, seed=4) for length in (16, 64))
+    n = rows.per_epoch
+    assert [longer.go_on(rows, r) for r in (0, 1, n, n + 1)] == [
+        0,
+        longer.per_epoch,
+        longer.per_epoch,
+        2 * longer.per_epoch,
+    ]
+    documents = [Rows(stores["a"], length, seed=4, pack=False) for length in (16, 64)]
+    assert documents[1].go_on(documents[0], 7) == 7, "not packed, row r is the same document at any length"
 
 
 def test_fingerprint_sees_all_that_rows_depend_on(stores):

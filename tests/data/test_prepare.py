@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from jaxllm.data import entries
 from jaxllm.data import prepare as module
 from jaxllm.data.config import DataConfig
 from jaxllm.data.prepare import prepare, prepare_source, train_tokenizer
@@ -92,7 +93,7 @@ def test_unchanged_files_are_not_read_again(folder, tokenizer, monkeypatch):
     for path in folder.glob("*.txt"):
         os.utime(path, (old, old))
     run(folder, tokenizer)
-    monkeypatch.setattr(module, "_hash", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(entries, "_hash", lambda path: pytest.fail(f"{path} was read"))
     run(folder, tokenizer)
 
 
@@ -110,6 +111,7 @@ def test_settings_and_tokenizers_have_stores_of_their_own(folder, tokenizer):
 KILLED = """
 import os, sys, signal
 from pathlib import Path
+from jaxllm.data import entries
 from jaxllm.data import prepare as module
 from jaxllm.data.sources import Source
 from jaxllm.data.store import ShardWriter
@@ -185,8 +187,22 @@ def test_heldout_documents_are_apart_and_duplicates_together(folder, tokenizer):
     assert list(stores) == ["notes", *config.eval_names] == ["notes", "notes-heldout"]
     rest, out = (set(texts(store, tokenizer)) for store in stores.values())
     assert not rest & out and {*lines} <= rest | out and 0.1 < len(out) / len(rest | out) < 0.3
-    with pytest.raises(DataError, match="none held out; name eval_sources"):
-        stores["notes"].select(np.arange(1)).split(1e-9)
+
+
+def test_the_same_documents_are_held_out_under_any_tokenizer(folder, tokenizer):
+    other = Tokenizer.train([f"word {i * 7} and others {i}\n" * 9 for i in range(99)], 300)
+    halves = [[set(texts(half, t)) for half in run(folder, t)[0].split(0.3)] for t in (tokenizer, other)]
+    assert halves[0] == halves[1] and min(map(len, halves[0])) > 1
+
+
+def test_a_few_documents_give_one_to_hold_out_and_keep_one(folder, tokenizer):
+    store, _ = run(folder, tokenizer)
+    assert [half.documents for half in store.split(1e-9)] == [11, 1]
+    assert [half.documents for half in store.split(1 - 1e-9)] == [1, 11]
+    assert [half.name for half in store.split(0.3)] == ["notes", "notes-heldout"]
+    for same in (np.arange(1), np.zeros(5, int)):
+        with pytest.raises(DataError, match="notes: heldout=0.1 needs two .* document: blank_line .*eval_sources"):
+            store.select(same).split(0.1)
 
 
 def test_progress_ends_at_the_whole(folder, tokenizer):
@@ -230,7 +246,26 @@ def test_gs_text_and_tokenizer_become_a_local_store(bucket, folder, tokenizer):
     for path in folder.glob("*.txt"):
         path.rename(bucket / path.name)
     tokenizer.save("gs://bucket/tok")
-    assert (bucket / "tok" / "tokenizer.model").read_bytes() == tokenizer.model
+    assert (bucket / "tok" / "tokenizer.model").read_bytes() == tokenizer.files["tokenizer.model"]
     store, _ = run(folder, Tokenizer.load("gs://bucket/tok"), path="gs://bucket/*.txt")
     assert texts(store, tokenizer) == [path.read_text() for path in sorted(bucket.glob("*.txt"))]
     assert run(folder, tokenizer, path="gs://bucket/*.txt")[1] == []
+
+
+def test_a_temporary_file_that_another_process_renames_is_no_error(folder, tokenizer):
+    run(folder, tokenizer)
+    place = next((folder / "cache").iterdir())
+    (place / "gone.tmp").symlink_to(place / "nowhere")  # listed, and not there when it is looked at
+    (folder / "new.txt").write_text("new\n")
+    assert run(folder, tokenizer)[0].documents == 13
+
+
+def test_a_tokenizer_is_not_trained_on_what_is_held_out(folder, tokenizer, monkeypatch):
+    source, seen = Source(name="notes", path=str(folder / "*.txt")), []
+    monkeypatch.setattr(Tokenizer, "train", lambda texts, vocab, out: seen.extend(texts))
+    train_tokenizer((source,), 300, heldout=0.3)
+    monkeypatch.undo()
+    rest, out = run(folder, tokenizer)[0].split(0.3)
+    assert len(seen) == rest.documents and sum(map(len, (t.encode() for t in seen))) == rest.text_bytes
+    train_on = {path.read_text() for path in folder.glob("*.txt")}
+    assert set(seen) < train_on and len(train_on) == len(seen) + out.documents

@@ -107,7 +107,7 @@ BAD = {
     "b.jsonl.zst": (b"no zstd at all", {}, "b.jsonl.zst: damaged"),
     "a.parquet": (b"PAR1 no parquet at all", {}, "a.parquet: damaged or of another format"),
     "a.arrow": (b"no arrow at all, really none", {}, "a.arrow: damaged or of another format"),
-    "empty.txt": (b"", {}, "source s: .*empty.txt is empty"),
+    "empty.txt": (b"", {}, "source s: .*empty.txt is empty; name files that hold text"),
 }
 
 
@@ -134,8 +134,14 @@ def test_missing_files_and_folders(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"source s: no file matches .*note.txt; did you mean notes.txt\?"):
         read(tmp_path / "note.txt")
-    with pytest.raises(DataError, match="no file matches .*gone/a.txt"):
+    with pytest.raises(
+        DataError, match=f"no file matches .*gone/a.txt; the folder {tmp_path} is there and holds 1 ent"
+    ):
         read(tmp_path / "gone" / "a.txt")
+    (tmp_path / "Makefile").write_text("x")
+    with pytest.raises(DataError) as error:
+        read(tmp_path / "some_file.py")
+    assert "Makefile" not in str(error.value) and "notes" not in str(error.value), "none of them is meant"
     with pytest.raises(DataError, match="no .arrow, .parquet or .jsonl file in the folder"):
         read(tmp_path)
 

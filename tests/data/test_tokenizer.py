@@ -3,8 +3,9 @@ import io
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from jaxllm.data import tokenizer as module
+from jaxllm.data import sentencepiece_tokenizer, sentencepiece_train
 from jaxllm.data.chat import MARKERS
 from jaxllm.data.tokenizer import StreamDecoder, Tokenizer
 from jaxllm.errors import DataError, SettingsError
@@ -68,7 +69,7 @@ def test_stream_decoder_gives_whole_characters(tokenizer):
 def test_windows_do_not_change_the_tokens(tokenizer, monkeypatch):
     text = "".join(f"def f{i}(self):\n        return   {i}  \n\n" for i in range(300))
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(module._windows, "__defaults__", (50,))
+    monkeypatch.setattr(sentencepiece_tokenizer, "WINDOW", 50)
     np.testing.assert_array_equal(tokenizer.encode(text), whole)
 
 
@@ -80,9 +81,9 @@ def test_training_is_deterministic_and_saved(tokenizer, texts, tmp_path):
 
 def test_sample_is_bounded_and_reaches_the_end():
     texts = [f"{i:06d}" * 100 for i in range(1000)]
-    kept = module._sample(texts, 50_000)
+    kept = sentencepiece_train._sample(texts, 50_000)
     assert 20_000 < sum(map(len, kept)) <= 50_000
-    assert int(kept[-1][:6]) > 900 and kept == module._sample(texts, 50_000)
+    assert int(kept[-1][:6]) > 900 and kept == sentencepiece_train._sample(texts, 50_000)
 
 
 def test_whitespace_runs_are_single_pieces(tokenizer):
@@ -111,15 +112,30 @@ def test_bad_input(tokenizer, tmp_path):
         Tokenizer.train([])
     with pytest.raises(DataError, match="no such file"):
         Tokenizer.load(tmp_path)
+    with pytest.raises(DataError, match="nowhere.model: no such file"):
+        Tokenizer.load(tmp_path / "nowhere.model")
+    assert not Tokenizer.found(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"junk")
     with pytest.raises(DataError, match="tokenizer.model: not a SentencePiece model"):
         Tokenizer.load(tmp_path)
+    tokenizer.save(tmp_path)
+    assert Tokenizer.found(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": 1}')
+    with pytest.raises(DataError, match=f"{tmp_path}/tokenizer_config.json: bos_token: 1 is a int"):
+        Tokenizer.load(tmp_path)
 
 
-def test_a_model_that_normalises_is_refused(texts):
+def test_a_published_model_may_normalise_and_says_so(texts):
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(texts), model_writer=out, vocab_size=330, byte_fallback=True, minloglevel=2
     )
+    assert not Tokenizer({"tokenizer.model": out.getvalue()}).lossless
+
+
+def test_a_model_of_ours_that_normalises_is_refused(tokenizer):
+    proto = ModelProto.FromString(tokenizer.files["tokenizer.model"])
+    proto.normalizer_spec.add_dummy_prefix = True
+    proto.normalizer_spec.remove_extra_whitespaces = True
     with pytest.raises(DataError, match="would lose"):
-        Tokenizer(out.getvalue())
+        Tokenizer({"tokenizer.model": proto.SerializeToString()})

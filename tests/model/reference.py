@@ -133,8 +133,10 @@ def _turn(rope, y, positions):
     """Dimensions i and i + R are the real and imaginary parts of a number that turns with the position."""
     half = round(y.shape[1] * rope.fraction) // 2
     turning = y[:, :half] + 1j * y[:, half : 2 * half]
-    angles = [angle_per_position(rope, i, 2 * half, max(positions) + 1) for i in range(half)]
-    turning = turning * np.exp(1j * np.outer(positions, angles)) * temperature(rope)
+    document = np.cumsum(np.asarray(positions) == 0)  # one begins wherever positions do
+    longest = [max(np.asarray(positions)[document == d]) + 1 for d in document]
+    angles = [[angle_per_position(rope, i, 2 * half, n) for i in range(half)] for n in longest]
+    turning = turning * np.exp(1j * np.asarray(positions)[:, None] * angles) * temperature(rope)
     return np.concatenate([turning.real, turning.imag, y[:, 2 * half :]], axis=1)
 
 

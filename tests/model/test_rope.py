@@ -57,3 +57,16 @@ def test_angles_are_right_at_every_position(base):
     error = np.mod(found - position[..., None] * frequency + np.pi, 2 * np.pi) - np.pi
     assert np.abs(found).max() <= np.pi + 1e-6
     assert (np.abs(error) < 4e-7 + 3e-12 * position[..., None]).all()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("spec", [LONG, {"scaling": "dynamic_ntk", "factor": 4.0, "original_context": 16}])
+def test_packed_documents_have_the_angles_that_they_have_alone(spec):
+    lengths = (9, 30, 5)
+    positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths])[None])
+    segments = jnp.asarray(np.repeat([1, 2, 3], lengths)[None])
+    packed, start = tables(rope(**spec), 8, positions, segments_BT=segments), 0
+    for n in lengths:
+        alone = tables(rope(**spec), 8, jnp.arange(n)[None])
+        assert tiny.bit_equal(tuple(x[:, start : start + n] for x in packed), alone)
+        start += n

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import tiny
 
+from jaxllm.config import parse
 from jaxllm.errors import SettingsError
 from jaxllm.model.spec import LayerSpec, MlpSpec, ModelConfig, fold
 
@@ -34,7 +35,7 @@ REFUSED = [
     (dict(moe={"groups_per_token": 2}), "groups_per_token=2 would be ignored: groups=1"),
     (dict(moe={"group_score": "max"}), "group_score=max would be ignored: groups=1"),
     (dict(moe=GROUPS | {"groups": 3}), "experts=8 must be a multiple of groups=3"),
-    (dict(moe=GROUPS | {"groups": 0}), "experts=8 must be a multiple of groups=0"),
+    (dict(moe=GROUPS | {"groups": 0}), "groups=0 must be at least 1"),
     (dict(moe=GROUPS | {"group_score": None}), "groups=4 needs groups_per_token and group_score"),
     (dict(moe=GROUPS | {"groups_per_token": 5}), "groups_per_token=5 must lie in 1 to groups=4"),
     (dict(moe=GROUPS | {"experts_per_token": 5}), "experts_per_token=5 is more than groups_per_token=2 groups of 2"),
@@ -110,10 +111,42 @@ def test_any_list_folds_into_the_shortest_that_gives_it_back():
 
 def test_folding_the_deepest_models_is_quick():
     """A list of 200 layers without a period: each kind is compared as a number, not field by field."""
-    layers = [LayerSpec(attn=tiny.config().pattern[0].attn, mlp=MlpSpec(ffw=i)) for i in range(200)]
+    layers = [LayerSpec(attn=tiny.config().pattern[0].attn, mlp=MlpSpec(ffw=i + 1)) for i in range(200)]
     assert fold(layers) == ((), tuple(layers))
 
 
 def test_no_layers_have_no_pattern():
     with pytest.raises(ValueError, match="fold needs at least one layer"):
         fold([])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab": 0}, "vocab=0 must be at least 1"),
+        ({"context": 0}, "context=0 must be at least 1"),
+        ({"vocab_multiple": 0}, "vocab_multiple=0 must be at least 1"),
+        ({"norm_eps": -1.0}, "norm_eps=-1.0 must be above 0"),
+        ({"logit_softcap": 0.0}, "logit_softcap=0.0 must be above 0"),
+        ({"pattern": [{"attn": {"heads": 4, "kv_heads": -2}, "mlp": {"ffw": 8}}]}, "kv_heads=-2 must be at least 1"),
+        ({"pattern": [{"attn": {"heads": 4, "kv_heads": 0}, "mlp": {"ffw": 8}}]}, "kv_heads=0 must be at least 1"),
+        ({"pattern": [{"attn": {"heads": 4}, "mlp": {"ffw": 0}}]}, "ffw=0 must be at least 1"),
+        (
+            {
+                "pattern": [
+                    {"attn": {"heads": 4, "rope": {"scaling": "yarn", "original_context": 0}}, "mlp": {"ffw": 8}}
+                ]
+            },
+            "original_context=0 must be at least 1",
+        ),
+        (
+            {"pattern": [{"attn": {"heads": 4, "rope": {"low_freq_factor": 4.0}}, "mlp": {"ffw": 8}}]},
+            "low_freq_factor=4.0 must be below high_freq_factor=4.0",
+        ),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(settings, message):
+    whole = {"vocab": 61, "embed": 32, "layers": 2, "pattern": [{"attn": {"heads": 4}, "mlp": {"ffw": 48}}]} | settings
+    with pytest.raises(SettingsError, match=message):
+        parse(ModelConfig, whole)
