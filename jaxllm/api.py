@@ -16,6 +16,8 @@ from jaxllm.data.prepare import prepare_source
 from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import CheckpointError, SettingsError
+from jaxllm.evals.run import run_task
+from jaxllm.evals.tasks import prompts, read_task
 from jaxllm.generate.decode import unstack
 from jaxllm.generate.text import Prompt, TextGeneration, TextStream, beam_text, generate_text, stream_text
 from jaxllm.hf.export import export_hf
@@ -169,20 +171,65 @@ def stream(loaded: Loaded, prompt: Prompt, *, max_tokens: int = 128, **options) 
 
 
 def evaluate(
-    loaded: Loaded, data: str | Sequence[str] | Source, *, seq_len: int | None = None, batch: int = 8, progress=None
+    loaded: Loaded,
+    data: str | Source | Sequence[str | Source],
+    *,
+    seq_len: int | None = None,
+    batch: int = 8,
+    progress=None,
 ) -> dict[str, Any]:
-    """Perplexity and bits per byte of text: a path, several, or a Source.
+    """Perplexity and bits per byte of text: a path, several, a Source, or several, each also by itself (`KEY/NAME`).
 
     `seq_len`: tokens in a row, which is what a prediction can see; default: the model's context.
     Raises DataError for files that cannot be read, SettingsError for rows longer than learned positions.
     """
     seq_len = loaded.model.config.context if seq_len is None else seq_len
     check_tokens(loaded.model.config, (), seq_len)
-    if not isinstance(data, Source):
-        data = Source(name="eval", path=data if isinstance(data, str) else tuple(data))
-    where = Path(DataConfig(sources=(data,)).cache)
-    store = prepare_source(data, loaded.tokenizer, where, say=log.info)
+    sources = _sources(data)
+    where = Path(DataConfig(sources=sources).cache)
+    stores = {source.name: prepare_source(source, loaded.tokenizer, where, say=log.info) for source in sources}
     ways = loaded.model.sharding.batch_size
-    evaluator = Evaluator(loaded.model, {data.name: store}, seq_len=seq_len, batch=-(-batch // ways) * ways)
+    evaluator = Evaluator(loaded.model, stores, seq_len=seq_len, batch=-(-batch // ways) * ways)
     found = evaluator(loaded.params, progress=progress)
-    return found | {"documents": store.documents, "tokens": store.tokens, "bytes": store.text_bytes}
+    for key, of in (("documents", "documents"), ("tokens", "tokens"), ("bytes", "text_bytes")):
+        sizes = {name: getattr(store, of) for name, store in stores.items()}
+        found |= {key: sum(sizes.values())}
+        found |= {f"{key}/{name}": size for name, size in sizes.items()} if len(sizes) > 1 else {}
+    return found
+
+
+def _sources(data) -> tuple[Source, ...]:
+    if isinstance(data, Source):
+        return (data,)
+    if not isinstance(data, str) and any(isinstance(one, Source) for one in data):
+        if not all(isinstance(one, Source) for one in data):
+            raise SettingsError("data: give paths, or Sources, and not some of each")
+        return tuple(data)
+    return (Source(name="eval", path=data if isinstance(data, str) else tuple(data)),)
+
+
+def evaluate_tasks(
+    loaded: Loaded,
+    files: str | Path | Sequence[str | Path],
+    *,
+    shots: int = 0,
+    shots_from: str | Path | None = None,
+    seed: int | None = None,
+    batch: int = 8,
+) -> dict[str, dict[str, Any]]:
+    """`{file: metrics}` of task files: multiple choice, cloze and exact match (`evals.tasks`, `evals.run.run_task`).
+
+    Args:
+      shots: examples before each question, the first ones of `shots_from` or else of the file itself, but never the
+        question's own.
+      seed: shuffles the examples first; default: as they stand in the file.
+      batch: rows at a time.
+
+    Raises DataError with file and line for what is wrong with an item, or does not fit into the model's context.
+    """
+    if shots < 0 or (not shots and (shots_from is not None or seed is not None)):
+        raise SettingsError(f"shots={shots}: must not be negative, and without shots shots_from and seed are ignored")
+    tasks = [read_task(file) for file in ([files] if isinstance(files, str | Path) else files)]
+    pool = None if shots_from is None else read_task(shots_from)
+    asked = [(task, prompts(task, shots, pool, seed)) for task in tasks]
+    return {task.path: {"shots": shots} | run_task(loaded, task, texts, batch=batch) for task, texts in asked}

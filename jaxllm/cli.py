@@ -269,30 +269,85 @@ def data_inspect(args) -> None:
 
 
 def _eval(verbs):
-    verb = _verb(verbs, "eval", "perplexity and bits per byte of a model on text", evaluate, launch=logging.DEBUG)
-    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, or one step in its checkpoints")
-    verb.add_argument(
-        "--data", nargs="+", required=True, metavar="FILE", help="text, .jsonl, .gz, .zst or parquet; globs"
+    help = "perplexity and bits per byte of a model on text, or its answers to the questions of task files"
+    verb = _verb(verbs, "eval", help, evaluate, launch=logging.DEBUG)
+    verb.add_argument("model", metavar="MODEL", help="run folder, one of its steps, or a published model")
+    what = verb.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--data",
+        nargs="+",
+        action="append",
+        metavar="[NAME=]FILE",
+        help="text, .jsonl, .gz, .zst or parquet; globs; given again: another source, reported by itself too",
     )
-    verb.add_argument("--field", default="text", help="key or column of the text (default text)")
-    verb.add_argument("--seq-len", type=int, help="tokens that a prediction can see (default: the model's context)")
+    what.add_argument("--tasks", nargs="+", metavar="FILE", help=".jsonl files of questions (docs/evaluation.md)")
+    text, questions = verb.add_argument_group("of --data"), verb.add_argument_group("of --tasks")
+    text.add_argument("--field", help="key or column of the text (default text)")
+    text.add_argument("--seq-len", type=int, help="tokens that a prediction can see (default: the model's context)")
+    questions.add_argument("--shots", type=int, help="examples before each question (default 0)")
+    questions.add_argument("--shots-from", metavar="FILE", help="take the examples from here, not the file itself")
+    questions.add_argument("--seed", type=int, help="shuffle the examples (default: the first ones)")
     verb.add_argument("--batch", type=int, default=8, help="rows at a time (default 8)")
     verb.add_argument("--ema", action="store_true", help="use the averaged weights")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    _published(verb)
 
 
 def evaluate(args) -> None:
+    text, questions = _given(args, ("field", "seq_len")), _given(args, ("shots", "shots_from", "seed"))
+    _refuse_ignored(*(("--tasks asks questions", text) if args.tasks else ("--data measures text", questions)))
     from jaxllm import api
-    from jaxllm.data.sources import Source
 
-    loaded = api.load(args.checkpoint, ema=args.ema)
-    source = Source(name="eval", path=tuple(args.data), field=args.field)
-    found = api.evaluate(loaded, source, seq_len=args.seq_len, batch=args.batch)
+    sources = None if args.tasks else _sources(args)
+    loaded = api.load(args.model, ema=args.ema, ignore_keys=args.ignore_key)
+    if args.tasks:
+        found = api.evaluate_tasks(loaded, args.tasks, batch=args.batch, **questions)
+    else:
+        found = api.evaluate(loaded, sources, seq_len=args.seq_len, batch=args.batch)
     if args.json:
         print(json.dumps(found))
-        return
-    for key, value in found.items():
-        print(f"{key:<14} {value:,.4f}" if isinstance(value, float) else f"{key:<14} {value:,}")
+    elif args.tasks:
+        print("\n".join(_answers(path, metrics) for path, metrics in found.items()))
+    else:
+        print(_measures(found))
+
+
+def _sources(args) -> list:
+    """A source for each --data, by its NAME= or else by its first file's name; a single one needs none."""
+    import re
+
+    from jaxllm.data.sources import Source
+
+    sources = []
+    for first, *rest in args.data:
+        name, _, path = first.partition("=") if re.match(r"[\w.-]+=", first) else ("", "", first)
+        if not name and len(args.data) > 1:
+            name = re.sub(r"[^\w.-]+", "-", os.path.splitext(os.path.basename(path.rstrip("/")))[0]).strip("-.")
+        sources.append(Source(name=name or "eval", path=(path, *rest), field=args.field or "text"))
+    names = [source.name for source in sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two sources would be called {twice[0]}; name them: --data NAME=FILE")
+    return sources
+
+
+def _measures(found: dict) -> str:
+    """A line for each measure, and a column for each source where there are several."""
+    sources = ["", *("/" + key.partition("/")[2] for key in found if key.startswith("documents/"))]
+    lines = [" " * 14 + "".join(f" {name[1:] or 'all':>14}" for name in sources)] if sources[1:] else []
+    for key in (key for key in found if "/" not in key):
+        values = [found[key + name] for name in sources]
+        texts = [f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" for value in values]
+        lines.append(f"{key:<14}" + "".join(f" {text:>14}" if sources[1:] else f" {text}" for text in texts))
+    return "\n".join(lines)
+
+
+def _answers(path: str, metrics: dict) -> str:
+    """A heading, and a line for each metric with its standard error."""
+    lines = [f"{path}: {metrics['kind'].replace('_', ' ')}, {metrics['items']:,} items, {metrics['shots']}-shot"]
+    for name in (name for name in metrics if f"{name}_stderr" in metrics):
+        error = metrics[f"{name}_stderr"]
+        lines.append(f"  {name:<14} {metrics[name]:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+    return "\n".join(lines)
 
 
 def _generate(verbs):

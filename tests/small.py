@@ -43,7 +43,7 @@ def settings(corpus: Path, out: Path | str, **changes) -> dict:
         },
         "train": {"steps": 8, "seq_len": 32, "batch": 8, "eval_every": 4},
         "optim": {"lr": 1e-2},
-        "checkpoint": {"every": 3},
+        "checkpoint": {"every": 3, "keep": 4},
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")

@@ -86,7 +86,7 @@ def save(folder, *steps: int, config=None, losses=None) -> Path:
 
 
 def names(folder) -> list[str]:
-    return sorted(path.name for path in Path(folder).iterdir())
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != ".lock")
 
 
 def files(step: Path) -> list[Path]:
@@ -224,6 +224,47 @@ def test_an_empty_folder_is_a_fresh_start(tmp_path):
         load(tmp_path / "new")
     with pytest.raises(CheckpointError, match="no such folder"):
         load(tmp_path / "typo")
+
+
+def test_what_an_evaluation_finds_is_noted_after_the_save(tmp_path):
+    """The steps it makes superfluous go; a step that was not saved is left out; all else in the manifest stays."""
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as checkpoints:
+        for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0)):
+            checkpoints.save(step, make_state(step), {"best": None})
+            checkpoints.amend(step, {"best": min(loss, 2.0)}, loss=loss)
+        checkpoints.amend(7, {"best": 0.0}, loss=0.0)
+        checkpoints.wait()
+        assert checkpoints.best() == 2 and names(tmp_path) == ["2", "3"]
+    assert read_meta(tmp_path) == (3, {"best": 2.0})
+    assert newest_whole(epath.Path(tmp_path), 3, items=("",))[1]["loss"] == 3.0
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as checkpoints:
+        assert checkpoints.best() == 2 and bits(checkpoints.restore(shapes(make_state())).state) == bits(make_state(3))
+        checkpoints.amend(3, {"best": 0.5}, loss=0.5)  # of the step that was restored
+        checkpoints.wait()
+        assert checkpoints.best() == 3 and names(tmp_path) == ["3"]
+
+
+def test_a_run_elsewhere_says_where_its_checkpoints_are(tmp_path):
+    save(tmp_path / "disk", 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/settings.yaml").write_text(f"checkpoint: {{folder: {tmp_path / 'disk'}}}")
+    assert load(tmp_path / "run").step == read_meta(tmp_path / "run")[0] == 1
+
+
+def test_two_runs_cannot_save_in_one_folder(tmp_path):
+    """The second one touches nothing: neither where the first has begun to save, nor where both were early."""
+    with Checkpoints(tmp_path / "both") as first, Checkpoints(tmp_path / "both") as second:
+        first.save(1, make_state(1), {})
+        with pytest.raises(CheckpointError, match=r"in use by another run \(process .*checkpoint.folder"):
+            second.save(2, make_state(2), {})
+        first.wait()
+        (tmp_path / "both/2").mkdir()
+        (tmp_path / "both/2.unfinished").touch()  # a save in flight
+        with pytest.raises(CheckpointError, match="in use by another run"):
+            Checkpoints(tmp_path / "both")
+        assert names(tmp_path / "both") == ["1", "2", "2.unfinished"]
+    with Checkpoints(tmp_path / "both") as third:
+        assert names(tmp_path / "both") == ["1"] and third.steps() == [1]
 
 
 def test_other_shapes_dtypes_or_names_stop_the_run_and_do_not_fall_back(tmp_path):
@@ -372,9 +413,10 @@ def test_saving_a_step_twice(tmp_path):
 
 
 IMPORTS = """
-import os, sys, time, jax, jax.numpy as jnp
+import os, re, sys, time, jax, jax.numpy as jnp
 from jaxllm.checkpoint import *
-from jaxllm.checkpoint import manifest
+from jaxllm.checkpoint import manifest, together
+from jaxllm.errors import UserError
 """
 
 
@@ -516,6 +558,17 @@ with Preemption() as preemption, Checkpoints(sys.argv[1], CheckpointConfig(keep=
     assert restored.step == 2 and restored.meta == {"step": 2}, restored
     for piece in restored.state["params"]["w"].addressable_shards:
         assert (np.asarray(piece.data) == np.arange(8.0)[piece.index] + 2).all()
+    rank = jax.process_index()
+    assert together.first_says(lambda: {"rank": rank, "text": "\u00e9"}) == {"rank": 0, "text": "\u00e9"}
+    for ask in (
+        lambda: together.first_says(lambda: manifest.missing if rank else check_space(sys.argv[1], 2**70)),
+        lambda: together.check_same({"text": "same", "tokenizer": str(rank)}),
+    ):
+        try:
+            raise AssertionError(ask())
+        except UserError as error:
+            assert re.search("would not fit|process 1 has another tokenizer than process 0", str(error)), error
+    together.check_same({"text": "same"})
     step = 4
     while not preemption.reached(step):
         if jax.process_index() == 1 and step == 10:

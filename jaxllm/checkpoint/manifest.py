@@ -35,8 +35,16 @@ def seal(folder: epath.Path, body: dict) -> None:
     names = [str(root.relative_to(folder) / name) for root, _, files in folder.walk() for name in files]
     with ThreadPoolExecutor(THREADS) as pool:
         sums = pool.map(lambda name: _checksum(folder / name), names)
-    body = plain({"format": FORMAT, **body, "files": dict(zip(names, sums, strict=True))})
-    partial = folder / (NAME + ".partial")
+    _write(folder, {"format": FORMAT, **body, "files": dict(zip(names, sums, strict=True))})
+
+
+def amend(folder: epath.Path, **changes) -> None:
+    """Replaces entries of the body of a sealed step at once. Raises Damaged where its manifest is."""
+    _write(folder, read(folder) | changes)
+
+
+def _write(folder: epath.Path, body: dict) -> None:
+    body, partial = plain(body), folder / (NAME + ".partial")
     with partial.open("w") as file:
         file.write(json.dumps({"crc32": _crc(body), **body}))
         file.flush()

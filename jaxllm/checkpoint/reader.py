@@ -4,11 +4,11 @@ import logging
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from jaxllm.checkpoint import arrays, manifest
+from jaxllm.checkpoint.together import first_says
+from jaxllm.config import read_yaml
 from jaxllm.errors import CheckpointError
 
 log = logging.getLogger("jaxllm")
@@ -45,15 +45,26 @@ def read_meta(path, step: int | None = None) -> tuple[int, dict]:
     return step, body["meta"]
 
 
+def peek(folder: epath.Path) -> dict:
+    """The metadata that `read_meta` gives, for one process alone: the others need not ask."""
+    return _newest_whole(folder, None, items=())[1]["meta"]
+
+
 def locate(path, step: int | None = None) -> tuple[epath.Path, int | None]:
-    """`(folder of checkpoints, step)` for a run folder, a folder of checkpoints, or the folder of one step."""
+    """`(folder of checkpoints, step)` for a run folder, a folder of checkpoints, or the folder of one step.
+
+    The checkpoints of a run may lie elsewhere (`checkpoint.folder`); its settings say so.
+    """
     folder = absolute(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if folder.name.isdigit() and manifest.sealed(folder):
         return folder.parent, int(folder.name) if step is None else step
-    inside = folder / "checkpoints"
-    return (inside if inside.is_dir() else folder), step
+    inside, settings = folder / "checkpoints", folder / "settings.yaml"
+    if inside.is_dir():
+        return inside, step
+    elsewhere = (read_yaml(settings).get("checkpoint") or {}).get("folder") if settings.exists() else None
+    return absolute(elsewhere) if elsewhere else folder, step
 
 
 def absolute(path) -> epath.Path:
@@ -77,36 +88,23 @@ def newest_whole(folder: epath.Path, step: int | None, items: tuple[str, ...]) -
 
     Only the files of `items` are compared. With a `step`, that one and no other.
     Raises CheckpointError when no step is whole, naming what is wrong with each. All processes get the answer of the
-    first one, so that they cannot disagree about a file that one of them fails to read.
+    first one, so that they cannot disagree about a file that one of them fails to read; the damage is its to mend.
     """
+    found, body, damaged = first_says(lambda: _newest_whole(folder, step, items))
+    return found, body, {int(number): why for number, why in damaged.items() if jax.process_index() == 0}
+
+
+def _newest_whole(folder: epath.Path, step: int | None, items: tuple[str, ...]) -> tuple[int, dict, dict[int, str]]:
     if step is not None and not manifest.sealed(folder / str(step)):
         raise CheckpointError(f"{folder} has no step {step}; saved: {', '.join(map(str, steps_in(folder))) or 'none'}")
-    candidates = steps_in(folder)[::-1] if step is None else [step]
-    found, body, damaged, error = -1, {}, {}, None
-    if jax.process_index() == 0:
-        try:
-            found, body, damaged = _first_whole(folder, candidates, items)
-        except CheckpointError as caught:
-            error = caught
-    if jax.process_count() > 1:
-        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-        body = manifest.read(folder / str(found)) if found >= 0 else {}
-    if error is not None:
-        raise error
-    if found < 0:
-        reasons = "; ".join(f"step {number}: {why}" for number, why in damaged.items())
-        raise CheckpointError(f"{folder} has no whole checkpoint" + (f" ({reasons}): {NEXT}" if reasons else ""))
-    return found, body, damaged
-
-
-def _first_whole(folder: epath.Path, candidates: list[int], items: tuple[str, ...]) -> tuple[int, dict, dict[int, str]]:
     damaged: dict[int, str] = {}
-    for step in candidates:
+    for number in steps_in(folder)[::-1] if step is None else [step]:
         try:
-            body = manifest.read(folder / str(step))
-            manifest.verify(folder / str(step), body, items)
+            body = manifest.read(folder / str(number))
+            manifest.verify(folder / str(number), body, items)
         except manifest.Damaged as error:
-            damaged[step] = str(error)
+            damaged[number] = str(error)
             continue
-        return step, body, damaged
-    return -1, {}, damaged
+        return number, body, damaged
+    reasons = "; ".join(f"step {number}: {why}" for number, why in damaged.items())
+    raise CheckpointError(f"{folder} has no whole checkpoint" + (f" ({reasons}): {NEXT}" if reasons else ""))

@@ -11,18 +11,20 @@ import contextlib
 import logging
 import shutil
 import threading
+from pathlib import Path
 
 import humanize
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from jaxllm import tree
 from jaxllm.checkpoint import arrays, manifest
+from jaxllm.checkpoint.lock import Lock, unwritable
 from jaxllm.checkpoint.reader import NEXT, Restored, absolute, newest_whole, numbered, steps_in
+from jaxllm.checkpoint.together import first_says
 from jaxllm.config import settings
 from jaxllm.errors import CheckpointError, ResourceError
 
@@ -61,6 +63,7 @@ class Checkpoints:
 
     The first save makes the folder; unfinished saves of an earlier process are removed on construction. `failed` says
     why the last save failed, or is None. Use it as a context manager, or `close` it: a save in flight ends there.
+    Raises CheckpointError, also on the first save, where another run writes into a local folder.
     """
 
     def __init__(self, folder, config: CheckpointConfig | None = None):
@@ -76,9 +79,9 @@ class Checkpoints:
         )
         # No renaming: a folder is not renamed at once on an object store, and the manifest marks the end of a save.
         atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
+        self._lock = Lock(Path(self.folder), "choose another checkpoint.folder") if manifest.is_local(folder) else None
+        first_says(self._open)
         self._orbax = ocp.AsyncCheckpointer(handler, atomicity_options=atomicity)
-        if _primary():
-            self._remove_unfinished()
         ocp.multihost.sync_global_processes("jaxllm:checkpoints")
         self._losses = {step: _loss(self.folder / str(step)) for step in self.steps()}
 
@@ -120,15 +123,24 @@ class Checkpoints:
         body = manifest.plain({"step": step, "loss": loss, "leaves": arrays.table(state), "meta": meta})
         self.failed, self._saves, self._need = None, self._saves + 1, tree.nbytes(state)
         try:
-            if _primary():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._marker(step).touch()
-            self._agree_on_space(self._need)
+            first_says(lambda: self._begin(step))
             self._orbax.save(self.folder / str(step), args=arrays.to_save(state), force=True)
+        except CheckpointError:  # another run is writing there
+            raise
         except Exception as error:  # whatever it is, hours of training are worth more than this save
             self._fail(step, error)
             return
         self._finishing = threading.Thread(target=self._finish, args=(step, body), name=f"seal-{step}")
+        self._finishing.start()
+
+    def amend(self, step: int, meta: dict, *, loss: float | None) -> None:
+        """Says what is known of a step only now: its held-out loss, and `meta` in the place of what was saved with it.
+
+        The evaluation may so follow the save, and run while that one is written. Returns at once; does nothing for a
+        step that was not saved.
+        """
+        saving, meta = self._finishing, manifest.plain(meta)
+        self._finishing = threading.Thread(target=self._amend, args=(saving, step, meta, loss), name=f"amend-{step}")
         self._finishing.start()
 
     def restore(self, abstract, *, step: int | None = None) -> Restored | None:
@@ -160,9 +172,11 @@ class Checkpoints:
             self._finishing = None
 
     def close(self) -> None:
-        """Waits, and frees orbax's threads."""
+        """Waits, and frees orbax's threads and the folder."""
         self.wait()
         self._orbax.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def _finish(self, step: int, body: dict) -> None:
         """Runs in a thread of its own: seals the step once orbax has written it, then retention."""
@@ -189,6 +203,20 @@ class Checkpoints:
         if error is not None:
             log.warning("after step %d was saved in %s: %s", step, self.folder, error)
 
+    def _amend(self, saving: threading.Thread | None, step: int, meta: dict, loss: float | None) -> None:
+        """Runs in a thread of its own, after the save of that step."""
+        if saving is not None:
+            saving.join()
+        if step != self._current:  # its save failed, which has been said
+            return
+        self._losses[step] = loss
+        if _primary():
+            try:
+                manifest.amend(self.folder / str(step), meta=meta, loss=loss)
+                self._retain()
+            except Exception as error:
+                log.warning("the evaluation of step %d was not noted in %s: %s", step, self.folder, error)
+
     def _fail(self, step: int, error: Exception) -> None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         reason = reason if len(reason) <= REASON or isinstance(error, ResourceError) else "..." + reason[-REASON:]
@@ -201,18 +229,22 @@ class Checkpoints:
                 (self.folder / str(step)).rmtree(missing_ok=True)
                 self._marker(step).unlink(missing_ok=True)
 
-    def _agree_on_space(self, need: int) -> None:
-        """The first process looks, and all of them save or none."""
-        error = None
-        if _primary():
-            try:
-                check_space(self.folder, need)
-            except ResourceError as caught:
-                error = caught
-        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
-            error = error or ResourceError("too little disk, says the first process")
-        if error is not None:
-            raise error
+    def _open(self) -> None:
+        """Takes the folder, where there is one, before anything in it is touched."""
+        if self._lock is not None and self.folder.is_dir():
+            self._lock.take()
+        self._remove_unfinished()
+
+    def _begin(self, step: int) -> None:
+        """What the first process does before all of them save: the folder, taken; the step's marker; enough space."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._lock is not None:
+                self._lock.take()
+            self._marker(step).touch()
+        except OSError as error:
+            raise unwritable(self.folder, error, "choose another checkpoint.folder") from None
+        check_space(self.folder, self._need)
 
     def _retain(self) -> None:
         """Deletes the steps that neither count, interval nor loss keep."""

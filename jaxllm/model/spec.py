@@ -1,6 +1,5 @@
 """What a model is: frozen, hashable settings. `transformer.py` computes what they say; nothing else defines a model."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,7 +17,6 @@ __all__ = [
     "RopeSpec",
     "fold",
     "remat_policy_names",
-    "with_rope",
 ]
 
 #: Values that rematerialisation can keep or offload, in the order in which a layer makes them.
@@ -161,18 +159,6 @@ def remat_policy_names(remat: str | tuple[str, ...]) -> tuple[tuple[str, ...], t
             raise ValueError(f"remat name {name!r}: known are {', '.join(REMAT_NAMES)}")
     offload = tuple(n.removeprefix("offload:") for n in names if n.startswith("offload:"))
     return tuple(n for n in names if not n.startswith("offload:")), offload
-
-
-def with_rope(config: ModelConfig, **changes) -> ModelConfig:
-    """The same model with other RoPE settings in every layer that has RoPE (context extension)."""
-
-    def swap(spec: LayerSpec) -> LayerSpec:
-        if spec.attn.rope is None:
-            return spec
-        attn = dataclasses.replace(spec.attn, rope=dataclasses.replace(spec.attn.rope, **changes))
-        return dataclasses.replace(spec, attn=attn)
-
-    return dataclasses.replace(config, pattern=tuple(map(swap, config.pattern)), prefix=tuple(map(swap, config.prefix)))
 
 
 def fold(layers: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec, ...]]:

@@ -8,10 +8,11 @@ from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import settings
 from jaxllm.data.config import DataConfig
 from jaxllm.errors import SettingsError, nearest
-from jaxllm.model.spec import Kernels, ModelConfig, RopeSpec
+from jaxllm.model.spec import Kernels, ModelConfig
 from jaxllm.optim.config import OptimConfig
 from jaxllm.optim.scale import Scale, compute_optimal
 from jaxllm.sharding import ParallelConfig
+from jaxllm.train.init import take_over
 
 
 @settings
@@ -25,16 +26,29 @@ class Stage:
     weights: dict[str, float] | None = None
     """Weight of each source by name, others 0; null keeps the sources' own weights."""
     seq_len: int | None = None
-    """Tokens in a row; null keeps train.seq_len."""
+    """Tokens in a row; null keeps train.seq_len. Packed rows of another length begin the next epoch of each source."""
     batch: int | None = None
     """Rows in a step; null keeps train.batch."""
-    rope: RopeSpec | None = None
-    """RoPE of every layer that has one, from this stage on (context extension); null keeps the model's."""
+    rope: dict[str, Any] | None = None
+    """What changes in the RoPE of every layer that has one, from this stage on, such as {scaling: yarn, factor: 4,
+    original_context: 2048}; each layer keeps what is not named."""
 
     def __post_init__(self):
         for name in ("steps", "seq_len", "batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"stage {self.name}: {name}={value} must be at least 1")
+        if self.weights is not None and not (max(self.weights.values(), default=0) > 0 <= min(self.weights.values())):
+            raise ValueError(f"stage {self.name}: weights={self.weights}: at least one above 0, and none below")
+
+    def model(self, config: ModelConfig) -> ModelConfig:
+        """The model of this stage: the same weights, perhaps another RoPE, a longer context. Raises SettingsError."""
+        raw = settings_of.to_dict(config) | {"context": max(config.context, self.seq_len)}
+        ropes = [layer["attn"]["rope"] for layer in raw["prefix"] + raw["pattern"] if layer["attn"]["rope"]]
+        if self.rope and not ropes:
+            raise SettingsError(f"stage {self.name}: rope would be ignored, since no layer of the model has RoPE")
+        for rope in ropes:
+            rope |= self.rope or {}
+        return settings_of.parse(ModelConfig, raw, f"stage {self.name}")
 
 
 @settings
@@ -60,11 +74,13 @@ class TrainConfig:
     trainable: str = "**"
     """Pattern over the paths of the weights that train."""
     init: str | None = None
-    """Checkpoint whose weights the run starts from; null for new weights."""
+    """Checkpoint, Hugging Face folder or .gguf file whose weights the run starts from; null for new weights. A
+    published model brings its model settings and its tokenizer, where none are given."""
     eval_every: int = 200
     """Steps between held-out evaluations; there is one at the end too."""
     eval_rows: int | None = None
-    """Held-out rows in an evaluation, spread over the text; null for all. The end of the run has all of them too."""
+    """Held-out rows of each source in an evaluation, spread over the text; null for all. What they give is called
+    heldout_loss_sample and so on; the end of the run has all rows too."""
     patience: int | None = None
     """Stop after this many evaluations without a lower held-out loss; null never stops early."""
     max_skipped: int = 10
@@ -86,9 +102,9 @@ class TrainConfig:
     def resolved_stages(self) -> tuple[Stage, ...]:
         """The stages with every null filled in."""
         stages = self.stages or (Stage(name="train", steps=self.steps),)
-        filled, rope = [], None
+        filled, rope = [], {}
         for stage in stages:
-            rope = stage.rope or rope
+            rope = rope | (stage.rope or {})
             filled.append(
                 Stage(
                     name=stage.name,
@@ -96,7 +112,7 @@ class TrainConfig:
                     weights=stage.weights,
                     seq_len=stage.seq_len or self.seq_len,
                     batch=stage.batch or self.batch,
-                    rope=rope,
+                    rope=rope or None,
                 )
             )
         return tuple(filled)
@@ -160,14 +176,18 @@ class RunConfig:
     """Where metrics go."""
 
     def __post_init__(self):
+        if self.out is not None and "://" in self.out:
+            raise ValueError(
+                f"out={self.out}: the run folder must be a local one, since lines are appended to its metrics; "
+                f"set checkpoint.folder={self.out} for the checkpoints"
+            )
         for stage in self.train.resolved_stages:
             if self.model.positions == "learned" and stage.seq_len > self.model.context:
                 raise ValueError(
                     f"train.seq_len={stage.seq_len} is longer than the {self.model.context} learned positions "
                     "(model.context)"
                 )
-            if stage.rope is not None and not any(spec.attn.rope for spec in self.model.layer_specs):
-                raise ValueError(f"stage {stage.name}: rope would be ignored, since no layer of the model has RoPE")
+            stage.model(self.model)
             known = [source.name for source in self.data.sources]
             for name in stage.weights or {}:
                 if name not in known:
@@ -184,13 +204,28 @@ class RunConfig:
 #: What may change between two parts of the same run: where and how it is computed and logged, not what.
 MAY_CHANGE = ("out", "parallel", "kernels", "checkpoint", "log", "data.cache", "data.workers", "data.prefetch")
 MAY_CHANGE_TRAIN = ("train.eval_every", "train.eval_rows", "train.max_skipped", "train.patience")
+#: Of those, what may not: a run whose checkpoints are looked for elsewhere would start from scratch.
+MUST_STAY = ("checkpoint.folder",)
 
 
-def differences(old: dict, new: RunConfig) -> dict[str, tuple]:
-    """Settings that differ from those saved with a run and that would make it another run."""
+def differences(old: dict, new: RunConfig, where: str = "settings saved with the run") -> dict[str, tuple]:
+    """Settings that differ from those saved with a run and that would make it another run.
+
+    What an older version did not know has its default. Raises SettingsError for what this one does not know.
+    """
     may = MAY_CHANGE + MAY_CHANGE_TRAIN
-    changes = settings_of.diff(old, new)
-    return {key: pair for key, pair in changes.items() if not any(key == m or key.startswith(m + ".") for m in may)}
+    changes = settings_of.diff(settings_of.parse(RunConfig, old, where), new)
+    return {
+        key: pair
+        for key, pair in changes.items()
+        if key in MUST_STAY or not any(key == m or key.startswith(m + ".") for m in may)
+    }
+
+
+def shared(config: RunConfig) -> str:
+    """The settings that all processes of a run must have in common, as text: all but where a host keeps its files."""
+    raw = settings_of.to_dict(config)
+    return repr(raw | {"out": None, "data": raw["data"] | {"cache": None, "workers": None}})
 
 
 def load_run(source: str | Path | dict, overrides=()) -> tuple[RunConfig, Scale | None]:
@@ -211,6 +246,7 @@ def load_run(source: str | Path | dict, overrides=()) -> tuple[RunConfig, Scale 
         raw |= {name: raw.get(name) or {} for name in DERIVED}
         if wrong := [name for name in DERIVED if not isinstance(raw[name], dict)]:
             raise SettingsError(f"{wrong[0]}={raw[wrong[0]]!r}: model.depth needs `key: value` settings there")
+    raw = take_over(raw)
     if isinstance(model := raw.get("model"), dict) and "vocab" not in model:
         raw["model"] = model | {"vocab": _vocab(raw.get("data"))}
     scale = None
@@ -284,6 +320,6 @@ def _number(name: str, value, kind: type):
         number = kind(value)
     except (TypeError, ValueError):
         number = 0
-    if not number > 0:
+    if not number > 0 or isinstance(value, bool) or number != float(value):
         raise SettingsError(f"{name}={value}: must be a {'whole ' * (kind is int)}number above 0")
     return number

@@ -4,54 +4,35 @@ files -> token stores -> rows by number -> batches -> step -> metrics, evaluatio
 """
 
 import contextlib
-import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxllm import config as settings_of
-from jaxllm.checkpoint import Checkpoints, Preemption, load, read_meta
+from jaxllm.checkpoint import Checkpoints, Preemption, Restored
+from jaxllm.checkpoint.together import check_same, first_says
 from jaxllm.data.loader import Loader
-from jaxllm.data.mixture import mix
 from jaxllm.data.prepare import prepare
 from jaxllm.data.store import digest
-from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import CheckpointError, SettingsError
-from jaxllm.model.build import Model, Params, active_parameters, build
-from jaxllm.model.spec import with_rope
+from jaxllm.model.build import Model, active_parameters, build
 from jaxllm.objectives.lm import lm
 from jaxllm.optim.optimizers import make_optimizer
 from jaxllm.optim.schedules import make_schedule
 from jaxllm.sharding import Sharding, join_processes, make_sharding
 from jaxllm.train import memory, report
-from jaxllm.train.config import RunConfig, Stage
-from jaxllm.train.evaluate import Evaluator
+from jaxllm.train.config import RunConfig, Stage, shared
+from jaxllm.train.evaluate import Evaluator, loss_of
+from jaxllm.train.finish import Result, finish
 from jaxllm.train.folder import RunFolder
-from jaxllm.train.metrics import flops_per_token, peak_flops, peak_memory
+from jaxllm.train.init import first_weights
+from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.progress import Show
-from jaxllm.train.recorder import Recorder
-from jaxllm.train.runs import write_summary
+from jaxllm.train.recorder import Recorder, TrainingStopped
 from jaxllm.train.step import TrainState, abstract_state, make_state, make_train_step
+from jaxllm.train.streams import make_streams, renewed
 from jaxllm.train.trace import Trace
-from jaxllm.train.writers import read_jsonl
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What `train` returns: everything needed to go on in a notebook."""
-
-    status: str
-    """finished, stopped early, or preempted."""
-    model: Model
-    params: Params
-    tokenizer: Tokenizer
-    folder: Path
-    summary: dict[str, Any]
-    saved: bool
-    """Whether the last checkpoint was saved."""
-    config: RunConfig
 
 
 def train(config: RunConfig, *, quiet: bool = False) -> Result:
@@ -59,12 +40,12 @@ def train(config: RunConfig, *, quiet: bool = False) -> Result:
 
     Raises UserError for what a user can mend; nothing is written over.
     """
+    join_processes(config.parallel)  # before anything starts jax, as reading a checkpoint does
     folder = RunFolder(config)
-    join_processes(config.parallel)
     show = Show(config.train.total_steps, quiet=quiet or jax.process_index() != 0)
     try:
-        if folder.resumed and folder.path.is_dir() and jax.process_index() == 0:
-            folder.lock()  # a new run takes its folder when it first writes there
+        if folder.resumed:  # a new run takes its folder when it first writes there
+            first_says(lambda: folder.lock() if folder.path.is_dir() else None)
         return Trainer(config, folder, show).run()
     finally:
         show.close()
@@ -76,6 +57,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, folder: RunFolder, show: Show):
         self.config, self.folder, self.show = config, folder, show
+        check_same({"set of settings": shared(config)})
         self.sharding = make_sharding(config.parallel)
         self.stages = config.train.resolved_stages
         for stage in self.stages:
@@ -84,10 +66,12 @@ class Trainer:
         self.tx = make_optimizer(config.optim, config.train.total_steps, self.model.axes)
         self.options = dict(trainable=config.train.trainable, ema=config.train.ema is not None)
         self.abstract = abstract_state(self.model, self.tx, **self.options)
-        memory.check_state(self.abstract)
+        memory.check_state(self.abstract, config.train.trainable)
         self.tokenizer = folder.open_tokenizer(show.say)
         self.stores = prepare(config.data, self.tokenizer, say=show.say)
         self.fingerprint = digest(sorted((name, store.fingerprint) for name, store in self.stores.items()))
+        check_same({"tokenizer": self.tokenizer.hash, "text": self.fingerprint})
+        self.streams = make_streams(config.data, self.stages, self.stores)
         self.total, self.active = active_parameters(config.model, self.model.abstract)
         peak = peak_flops(jax.devices()[0].device_kind)
         schedule = make_schedule(config.optim, config.train.total_steps)
@@ -96,54 +80,56 @@ class Trainer:
         self.status, self.opened = "finished", False
 
     def run(self) -> Result:
-        """All stages, from the step that was saved last."""
+        """All stages, from the step that was saved last. Raises TrainingStopped when the run cannot go on."""
         with Checkpoints(self.folder.checkpoints, self.config.checkpoint) as self.checkpoints:
             with Preemption() as self.preemption, self.trace:
                 started, state = time.monotonic(), self.start()
                 for index, stage in enumerate(self.stages):
                     if self.status == "finished" and int(state.step) < self.first_step(index) + stage.steps:
                         state = self.run_stage(state, index)
-                self.recorder.close()
                 self.checkpoints.wait()
-            return self.finish(state, time.monotonic() - started)
+            result = finish(self, state, time.monotonic() - started)
+        if self.status == "diverged":
+            raise TrainingStopped(self.recorder.problem)
+        return result
 
     def start(self) -> TrainState:
         """The saved state, or a new one; nothing is written yet."""
         restored = self.checkpoints.restore(self.abstract) if self.folder.resumed else None
         if restored is not None:
-            self.check_meta(restored.meta)
-            self.model = self.model_of(self.stages[restored.meta["position"]["stage"]])
-            if self.recorder.resume(restored.meta["best"], restored.meta["since_best"]):
-                self.status = "stopped early"
-            self.show.say(f"resumed {self.folder.path} at step {restored.step}")
-            return restored.state
+            return self.go_on(restored)
         if self.folder.resumed:
+            first_says(self.folder.refuse_to_start_over)
             self.show.say(f"{self.folder.path} has no checkpoint yet: starting at step 0")
         self.checkpoints.check_space(self.abstract)
-        key = jax.random.key(self.config.train.seed)
-        return make_state(self.model, self.tx, key, params=self.first_weights(), **self.options)
+        key, init = jax.random.key(self.config.train.seed), self.config.train.init
+        params = None if init is None else first_weights(init, self.model, self.tokenizer)
+        return make_state(self.model, self.tx, key, params=params, **self.options)
 
-    def first_weights(self) -> Params | None:
-        """Those of `train.init`. Raises CheckpointError when they know another tokenizer."""
-        init = self.config.train.init
-        if init is None:
-            return None
-        _, meta = read_meta(init)
-        if meta["tokenizer"] != self.tokenizer.hash:
-            raise CheckpointError(
-                f"train.init={init} was trained with another tokenizer (hash {meta['tokenizer'][:12]}, here "
-                f"{self.tokenizer.hash[:12]}); set data.tokenizer to the folder tokenizer/ of that run"
-            )
-        return load(init, self.model.abstract).state
+    def go_on(self, restored: Restored) -> TrainState:
+        """The restored state; an evaluation that its step was saved before is made up for."""
+        state, meta, step = restored
+        self.check_meta(meta)
+        stage = self.stages[meta["position"]["stage"]]
+        self.model = self.model_of(stage)
+        if self.recorder.resume(meta["best"], meta["since_best"]):
+            self.status = "stopped early"
+        self.show.say(f"resumed {self.folder.path} at step {step}")
+        if meta.get("unevaluated") and (evaluator := self.evaluator(stage)):
+            self.open(state)
+            self.evaluate(step, state, evaluator)
+        return state
 
     def open(self, state: TrainState) -> None:
         """Writes into the run folder for the first time: all that a user can get wrong has been found by now."""
-        if self.opened or jax.process_index() != 0:
-            return
+        if not self.opened:
+            first_says(lambda: self._open(int(state.step)))
+            self.opened = True
+
+    def _open(self, step: int) -> None:
         if not (self.folder.resumed and self.folder.settings.exists()):
             self.folder.write_start(self.tokenizer)
-        self.recorder.open(self.folder.path, int(state.step) if self.folder.resumed else None)
-        self.opened = True
+        self.recorder.open(self.folder.path, step if self.folder.resumed else None)
 
     def run_stage(self, state: TrainState, index: int) -> TrainState:
         """Trains to the end of a stage, or to where the run is to stop."""
@@ -155,7 +141,7 @@ class Trainer:
             step_fn = self.compile(state, batch)
             evaluator, flops = self.evaluator(stage), self.flops_per_token(stage)
             self.open(state)
-            self.show.say(self.headline(stage))
+            self.show.say(self.headline(index))
             self.recorder.meter.skip()
             for step in range(int(state.step) + 1, end + 1):
                 self.trace.before(step)
@@ -180,52 +166,62 @@ class Trainer:
             trainable=self.config.train.trainable,
             accumulate=self.config.train.accumulate,
             ema=self.config.train.ema,
+            abstract=self.abstract,
         )
         compiled = step_fn.lower(state, batch).compile()
         memory.check_step(compiled)
         return compiled
 
     def after(self, step: int, state: TrainState, evaluator: Evaluator | None) -> None:
-        """What may follow a step: an evaluation, a checkpoint, the end.
+        """What may follow a step: a checkpoint, an evaluation, the end.
 
-        A preempted run has seconds left and leaves out an evaluation that falls on this very step; the last step
-        is finished in any case.
+        The save comes first, so that nothing is lost where the evaluation fails; it is written while that one runs,
+        and its loss is noted afterwards. With `keep_best` every evaluated step is saved, since the best one may be
+        any of them. A preempted run has seconds left: an evaluation that falls on this very step waits for the next
+        start. The last step is finished in any case.
         """
-        config, last, loss = self.config.train, step == self.config.train.total_steps, None
-        if not last and self.preemption.reached(step):
+        last = step == self.config.train.total_steps
+        evaluates = evaluator is not None and (last or step % self.config.train.eval_every == 0)
+        saves = last or step % self.config.checkpoint.every == 0 or (evaluates and self.config.checkpoint.keep_best)
+        if saves or evaluates:
+            self.recorder.flush()
+        if self.recorder.problem:
+            self.status = "diverged"
+        elif not last and self.preemption.reached(step):
             self.status = "preempted"
-        elif evaluator and (last or step % config.eval_every == 0):
-            self.recorder.flush()
-            found = evaluator(state.params, rows=config.eval_rows)
-            loss = found["heldout_loss"]  # on the same rows each time, so that the best one is the best
-            if self.recorder.evaluated(step, self.tokens_at(step), found) and not last:
-                self.status = "stopped early"
-            if last and config.eval_rows is not None:
-                self.recorder.heldout(step, self.tokens_at(step), evaluator(state.params))
-        if last or self.status != "finished" or step % self.config.checkpoint.every == 0:
-            self.recorder.flush()
-            self.checkpoints.save(step, state, self.meta(step), loss=loss)
-            self.recorder.meter.skip()
+        if saves or self.status != "finished":
+            self.save(step, state, unevaluated=evaluates)
+        if evaluates and self.status == "finished":
+            self.evaluate(step, state, evaluator)
+
+    def save(self, step: int, state: TrainState, *, unevaluated: bool) -> None:
+        self.recorder.flush()
+        self.checkpoints.save(step, state, self.meta(step) | {"unevaluated": unevaluated})
+        self.recorder.meter.skip()
+
+    def evaluate(self, step: int, state: TrainState, evaluator: Evaluator) -> None:
+        """The held-out loss of a step, on the same rows each time, so that the best one is the best."""
+        last, rows = step == self.config.train.total_steps, self.config.train.eval_rows
+        found = evaluator(state.params, rows=rows)
+        if self.recorder.evaluated(step, self.tokens_at(step), found) and not last:
+            self.status = "stopped early"
+            self.save(step, state, unevaluated=False)
+        if (last or self.status != "finished") and evaluator.samples(rows):
+            self.recorder.heldout(step, self.tokens_at(step), evaluator(state.params))
+        self.checkpoints.amend(step, self.meta(step), loss=loss_of(found))
 
     def model_of(self, stage: Stage) -> Model:
-        """The model of a stage: the same weights, perhaps another RoPE and a longer context."""
-        config = dataclasses.replace(self.config.model, context=max(self.config.model.context, stage.seq_len))
-        if stage.rope is not None:
-            config = with_rope(config, **settings_of.to_dict(stage.rope))
-        return build(config, self.sharding, self.config.kernels)
+        return build(stage.model(self.config.model), self.sharding, self.config.kernels)
 
     def loader(self, index: int, done: int) -> Loader:
         """The rows of a stage from the exact one where it was left after `done` of its steps."""
-        stage, data = self.stages[index], self.config.data
-        weights = stage.weights or data.weights
-        stores = {name: store for name, store in self.stores.items() if weights.get(name)}
-        stream = mix(stores, weights, stage.seq_len, seed=data.seed + index, pack=data.pack, shuffle=data.shuffle)
+        stage, stream = self.stages[index], self.streams[index]
         for name, rows in zip(stream.names, stream.sources, strict=True):
             documents, tokens = rows.cut
             if documents:
                 self.show.say(f"{name}: {documents} documents are longer than {stage.seq_len}; {tokens} tokens unused")
         where = dict(process=jax.process_index(), processes=jax.process_count())
-        return Loader(stream, stage.batch, start=done * stage.batch, prefetch=data.prefetch, **where)
+        return Loader(stream, stage.batch, start=done * stage.batch, prefetch=self.config.data.prefetch, **where)
 
     def evaluator(self, stage: Stage) -> Evaluator | None:
         stores = {name: self.stores[name] for name in self.config.data.eval_names}
@@ -235,11 +231,10 @@ class Trainer:
     def meta(self, step: int) -> dict[str, Any]:
         """What a checkpoint says beside its arrays."""
         stage = next(i for i in range(len(self.stages)) if step <= self.first_step(i) + self.stages[i].steps)
-        row = (step - self.first_step(stage)) * self.stages[stage].batch
         return {
             "settings": settings_of.to_dict(self.config),
             "model": settings_of.to_dict(self.model.config),
-            "position": {"stage": stage, "row": row},
+            "position": {"stage": stage, "row": (step - self.first_step(stage)) * self.stages[stage].batch},
             "tokenizer": self.tokenizer.hash,
             "data": self.fingerprint,
             "best": self.recorder.best,
@@ -275,49 +270,20 @@ class Trainer:
 
     def flops_per_token(self, stage: Stage) -> float:
         config = self.config.model
-        layers = [(spec.attn.heads, config.head_dim(spec.attn), spec.attn.window) for spec in config.layer_specs]
+        layers = [(s.attn.heads, config.attention_dim(s.attn), s.attn.window) for s in config.layer_specs]
         return flops_per_token(self.active, layers, stage.seq_len)
 
-    def headline(self, stage: Stage) -> str:
+    def headline(self, index: int) -> str:
+        stage = self.stages[index]
         mesh = " x ".join(f"{axis} {n}" for axis, n in self.sharding.mesh.shape.items() if n > 1) or "1 device"
+        new = renewed(self.streams, index)
         split = f" in {self.config.train.accumulate} microbatches" if self.config.train.accumulate > 1 else ""
         return (
             f"{self.total:,} parameters ({self.active:,} in matrix products), {jax.devices()[0].device_kind}, {mesh}\n"
             f"{stage.name}: {stage.steps} steps of {stage.batch} rows x {stage.seq_len} = "
             f"{stage.batch * stage.seq_len:,} tokens{split}"
-        )
-
-    def finish(self, state: TrainState, seconds: float) -> Result:
-        """Summary, loss curve and run card."""
-        step, speed = int(state.step), self.recorder.meter.mean()
-        summary = {"params": self.total, "steps": step, "tokens": self.tokens_at(step), "seconds": round(seconds, 1)}
-        summary |= speed | {"skipped": int(state.extra["skipped"])}
-        path = self.folder.path
-        if jax.process_index() == 0:
-            rows = read_jsonl(self.folder.metrics)
-            shown = ("loss", "heldout_loss", "perplexity", "bits_per_byte")
-            summary |= {key: value for row in rows for key, value in row.items() if key in shown}
-            write_summary(path, self.status, **summary)
-            if rows:
-                report.plot_loss(rows, path / "loss.png", path.name)
-            (path / "card.md").write_text(self.card(summary, speed), encoding="utf-8")
-        saved = self.checkpoints.failed is None
-        return Result(self.status, self.model, state.params, self.tokenizer, path, summary, saved, self.config)
-
-    def card(self, summary: dict[str, Any], speed: dict[str, float]) -> str:
-        flops, length = self.flops_per_token(self.stages[-1]), self.stages[-1].seq_len
-        sizes = {name: f"{s.documents:,} documents, {s.tokens:,} tokens" for name, s in self.stores.items()}
-        return report.run_card(
-            name=self.folder.path.name,
-            settings=settings_of.changed(self.config),
-            git=report.git_state(Path.cwd(), Path(__file__).parent),
-            data={"fingerprint": self.fingerprint} | sizes,
-            devices=f"{self.sharding.mesh.size} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
-            parameters={"total": self.total, "active": self.active},
-            flops={"per_token": flops, "active": self.active, "length": length},
-            speed=speed,
-            memory=peak_memory(),
-            final=summary,
+            + f"; rows of another length, so from a new epoch of {', '.join(new)}"
+            * bool(new)
         )
 
 

@@ -3,6 +3,7 @@
 import jax
 import psutil
 
+from jaxllm import tree
 from jaxllm.errors import ResourceError
 
 
@@ -28,10 +29,14 @@ def available() -> int | None:
     return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
 
 
-def check_state(state) -> None:
-    """Raises ResourceError when a training state (shapes) and the gradients cannot fit."""
-    weights = device_bytes(state.params)
-    parts = {"weights": weights, "gradients": weights, "optimizer": device_bytes(state.opt)}
+def check_state(state, trainable: str = "**") -> None:
+    """Raises ResourceError when a training state (shapes) and the gradients of its trainable weights cannot fit."""
+    chosen, _ = tree.partition(state.params, tree.select(state.params, trainable))
+    parts = {
+        "weights": device_bytes(state.params),
+        "gradients": device_bytes(chosen),
+        "optimizer": device_bytes(state.opt),
+    }
     if "ema" in state.extra:
         parts["averaged weights"] = device_bytes(state.extra["ema"])
     _check(parts, "lower model.embed or model.layers, raise parallel.fsdp, or use optim.name=adafactor")

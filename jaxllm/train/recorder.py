@@ -1,7 +1,9 @@
 """What becomes of metrics: files, the progress bar, the speed, and whether the run should stop."""
 
 import importlib.util
+import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,9 +12,12 @@ import numpy as np
 from jaxllm import config as settings_of
 from jaxllm.errors import MissingExtra, UserError
 from jaxllm.train.config import RunConfig
+from jaxllm.train.evaluate import LOSS, SAMPLE, loss_of
 from jaxllm.train.metrics import Lagged, Meter
 from jaxllm.train.progress import Show
 from jaxllm.train.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
+
+log = logging.getLogger("jaxllm")
 
 
 class TrainingStopped(UserError):
@@ -33,19 +38,22 @@ class Recorder:
         self.lagged, self.meter = Lagged(), Meter(self.steps, peak)
         self.best: float | None = None
         self.since_best = 0
+        self.problem: str | None = None
+        """Why the run cannot go on."""
         self.writers: list[Writer] = []
+        self.failing: set[Writer] = set()
 
     def open(self, folder: Path, resumed_at: int | None) -> None:
         """Opens the metrics files; lines after the resumed step are computed again. Only the first process writes."""
         self.writers = [JsonlWriter(folder / "metrics.jsonl", resumed_at)]
         if self.config.log.tensorboard:
-            self.writers.append(TensorBoardWriter(folder / "tensorboard"))
+            self.writers.append(TensorBoardWriter(folder / "tensorboard", resumed_at))
         if self.config.log.wandb:
             self.writers.append(WandbWriter(folder, self.config.log.wandb, settings_of.to_dict(self.config)))
 
     def close(self) -> None:
         for writer in self.writers:
-            writer.close()
+            self._try(writer, "closing", writer.close)
 
     def push(self, step: int, metrics: dict[str, jax.Array], **host: float) -> None:
         """Takes the metrics of the step just dispatched; `host`: tokens, flops (of the step), tokens_in_all."""
@@ -64,14 +72,14 @@ class Recorder:
         """Writes and shows a held-out evaluation."""
         self.meter.skip()
         self._write(step, {"tokens": tokens, **found})
-        self.show.say(
-            f"step {step}: held-out loss {found['heldout_loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte"
-        )
+        of = SAMPLE if LOSS + SAMPLE in found else ""
+        where = "on a sample of the held-out rows: " if of else "held-out "
+        self.show.say(f"step {step}: {where}loss {loss_of(found):.4f}, {found['bits_per_byte' + of]:.4f} bits per byte")
 
     def evaluated(self, step: int, tokens: int, found: dict[str, float]) -> bool:
-        """Takes a held-out evaluation; True when the run should stop early."""
+        """Takes a held-out evaluation, always of the same rows; True when the run should stop early."""
         self.heldout(step, tokens, found)
-        loss = found["heldout_loss"]
+        loss = loss_of(found)
         if loss < (math.inf if self.best is None else self.best):
             self.best, self.since_best = loss, 0
             return False
@@ -94,8 +102,8 @@ class Recorder:
         if step % self.config.log.every == 0:
             self._write(step, row)
         self.show.update(step, row)
-        if metrics["skipped_in_row"] >= self.config.train.max_skipped:
-            raise TrainingStopped(
+        if metrics["skipped_in_row"] >= self.config.train.max_skipped and self.problem is None:
+            self.problem = (
                 f"step {step}: the gradient was not finite in {metrics['skipped_in_row']:.0f} steps in a row "
                 f"(train.max_skipped); the weights have not changed since step {step - metrics['skipped_in_row']:.0f}. "
                 "Lower optim.lr in another run folder, or look at the data with `jaxllm data inspect`"
@@ -103,4 +111,14 @@ class Recorder:
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         for writer in self.writers:
-            writer.write(step, row)
+            self._try(writer, f"step {step}", lambda writer=writer: writer.write(step, row))
+
+    def _try(self, writer: Writer, what: str, act: Callable[[], None]) -> None:
+        """A full disk or a service that is away costs lines of metrics, not the run; said once until it works again."""
+        try:
+            act()
+            self.failing.discard(writer)
+        except Exception as error:
+            if writer not in self.failing:
+                log.error("%s, %s: metrics are being lost: %s", type(writer).__name__, what, error)
+            self.failing.add(writer)

@@ -25,14 +25,14 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") ->
 def draw_loss(rows: Sequence[Mapping[str, Any]], title: str = ""):
     """A matplotlib figure of the loss in nats a token against tokens: each step, their running mean, held-out points.
 
-    `rows` of metrics.jsonl, with `tokens` and `loss` or `heldout_loss`; null values leave gaps.
+    `rows` of metrics.jsonl, with `tokens` and `loss`, `heldout_loss` or `heldout_loss_sample`; null values leave gaps.
     Raises DataError when there is nothing to draw.
     """
     from matplotlib.figure import Figure  # slow to load
     from matplotlib.ticker import EngFormatter
 
-    train, heldout = _points(rows, "loss"), _points(rows, "heldout_loss")
-    if not train.size and not heldout.size:
+    train, heldout, sample = (_points(rows, key) for key in ("loss", "heldout_loss", "heldout_loss_sample"))
+    if not train.size and not heldout.size and not sample.size:
         raise DataError(f"no loss to draw in the {len(rows)} rows of metrics; train for at least one step")
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel="tokens", ylabel="loss (nats a token)", title=title)
@@ -41,6 +41,9 @@ def draw_loss(rows: Sequence[Mapping[str, Any]], title: str = ""):
         axes.plot(
             train[:, 0], running_mean(train[:, 1]), color="#08519c", linewidth=1.6, label="training, running mean"
         )
+    if sample.size:
+        label = f"held-out sample, last {sample[-1, 1]:.3f}"
+        axes.plot(*sample.T, color="#fdae6b", linewidth=1.2, marker="o", markersize=4, label=label)
     if heldout.size:
         label = f"held out, last {heldout[-1, 1]:.3f}"
         axes.plot(*heldout.T, color="#d94801", linewidth=1.2, marker="o", markersize=4, label=label)

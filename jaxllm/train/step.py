@@ -13,6 +13,7 @@ import optax
 
 from jaxllm import tree
 from jaxllm.model.build import Model, Params
+from jaxllm.optim.placement import like, owner_of
 
 Objective = Callable[[Model, Params, Any, jax.Array | None], tuple[jax.Array, jax.Array, dict[str, Any]]]
 
@@ -57,15 +58,15 @@ def make_state(
 def abstract_state(model: Model, tx: optax.GradientTransformation, *, trainable="**", ema=False) -> TrainState:
     """Shapes, dtypes and shardings of `make_state`'s result; nothing is allocated.
 
-    Optimizer state is laid out as the weight it belongs to; what belongs to none (counters) is replicated.
+    Optimizer state is split as the weight it belongs to; what belongs to none (counters) is replicated.
     """
     everywhere = model.sharding.replicated()
     chosen, _ = tree.partition(model.abstract, tree.select(model.abstract, trainable))
     weights = tree.flatten(chosen)
 
     def place(path, leaf):
-        owner = next((w for p, w in weights.items() if path.endswith("/" + p) and w.shape == leaf.shape), None)
-        where = everywhere if owner is None else owner.sharding
+        owner = owner_of(path, weights)
+        where = everywhere if owner is None else like(owner, leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
@@ -83,6 +84,7 @@ def make_train_step(
     trainable: str = "**",
     accumulate: int = 1,
     ema: float | None = None,
+    abstract: TrainState | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> (state, metrics)`, jitted, with the state donated.
 
@@ -90,6 +92,8 @@ def make_train_step(
       trainable: pattern over weight paths; the others get no gradient and no optimizer state.
       accumulate: batch leaves are `[A * B, ...]`; rows are split into A microbatches whose sums are added.
       ema: decay of an average of the trainable weights, or None.
+      abstract: where the new state is to live (see `abstract_state`); None leaves it to the compiler, whose choice a
+        step that was compiled for the old places would refuse.
 
     A step whose gradient is not finite changes neither weights, optimizer nor average; it is counted in `extra`.
     """
@@ -126,7 +130,8 @@ def make_train_step(
             out["expert_load_max"] = _worst_load(load)
         return TrainState(state.step + 1, params, opt, state.key, extra), out
 
-    return jax.jit(step, donate_argnums=0)
+    where = None if abstract is None else (jax.tree.map(lambda leaf: leaf.sharding, abstract), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=where)
 
 
 def _accumulate(loss_of, chosen, batch, key, accumulate: int):

@@ -1,8 +1,10 @@
 """Where metrics go: metrics.jsonl always; TensorBoard and Weights & Biases where they are asked for. Loads no jax."""
 
+import errno
 import json
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,7 @@ class JsonlWriter:
 
     A run that resumes after `last_step` loses the lines of later steps (they are computed again) and a last line
     that was cut off. Raises DataError when another line is damaged. The folder must be on a file system that can
-    append, so not in an object store.
+    append, so not in an object store. A line that a full disk cuts is taken back, so that later ones can follow.
     """
 
     def __init__(self, path: Path, last_step: int | None = None):
@@ -30,12 +32,14 @@ class JsonlWriter:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(keep), encoding="utf-8")
         os.replace(temporary, path)
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
+        line, end = (json.dumps({"step": step, **row}) + "\n").encode(), self.file.seek(0, os.SEEK_END)
+        if self.file.write(line) != len(line):
+            self.file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self.file.close()
@@ -72,13 +76,17 @@ def _rows(path: Path) -> list[tuple[dict[str, Any], str]]:
 
 
 class TensorBoardWriter:
-    """Scalars in the event files of TensorBoard (`tensorboard --logdir`)."""
+    """Scalars in the event files of TensorBoard (`tensorboard --logdir`).
 
-    def __init__(self, folder: Path):
+    Where a run resumes after `last_step`, TensorBoard is told to forget later points: they are computed again.
+    """
+
+    def __init__(self, folder: Path, last_step: int | None = None):
         try:
             from tensorboard.summary import Writer as EventWriter
         except ImportError:
             raise MissingExtra("logging to TensorBoard", "tensorboard", "tensorboard") from None
+        _mark_start(folder, 0 if last_step is None else last_step + 1)
         self.events = EventWriter(str(folder))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -90,16 +98,29 @@ class TensorBoardWriter:
         self.events.close()
 
 
+def _mark_start(folder: Path, step: int) -> None:
+    """TensorBoard takes the second mark and those that follow for restarts, and drops what it has from `step` on."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    events = EventFileWriter(str(folder))
+    events.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+    events.close()
+
+
 class WandbWriter:
-    """A run at Weights & Biases with the run folder's name as its id, so that a resumed run goes on in the same one."""
+    """A run at Weights & Biases. Its id lies in the run folder, so that a resumed run goes on in the same one."""
 
     def __init__(self, folder: Path, project: str, settings: dict[str, Any]):
         try:
             import wandb
         except ImportError:
             raise MissingExtra("logging to Weights & Biases", "wandb", "wandb") from None
+        path = folder / "wandb-id"
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:12])
         self.run = wandb.init(
-            project=project, id=folder.name, name=folder.name, dir=str(folder), config=settings, resume="allow"
+            project=project, id=path.read_text(), name=folder.name, dir=str(folder), config=settings, resume="allow"
         )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

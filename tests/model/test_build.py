@@ -8,7 +8,6 @@ import tiny
 from jaxllm import tree
 from jaxllm.errors import SettingsError
 from jaxllm.model.build import active_parameters, check_tokens
-from jaxllm.model.spec import with_rope
 from jaxllm.optim.axes import is_matrix
 
 LATENT = {"kv_heads": None, "latent": {"kv_rank": 12, "q_rank": 8, "rope_head": 4, "v_head": 5}, "sinks": True}
@@ -77,13 +76,3 @@ def test_tokens_outside_the_model_are_named():
         check_tokens(config, [-1])
     with pytest.raises(SettingsError, match=r"65 tokens are more than the 64 learned positions \(model.context\)"):
         check_tokens(config, np.zeros((1, 65), int))
-
-
-def test_a_context_extension_changes_the_rope_of_every_layer_that_has_one():
-    config = tiny.config(pattern=[tiny.layer({"window": 4}), tiny.layer({"rope": None})], prefix=[tiny.layer()])
-    longer = with_rope(config, scaling="yarn", factor=4.0, original_context=16)
-    ropes = [spec.attn.rope for spec in (*longer.prefix, *longer.pattern)]
-    assert [rope and (rope.scaling, rope.factor) for rope in ropes] == [("yarn", 4.0)] * 2 + [None]
-    assert longer.pattern[0].attn.window == 4
-    paths = lambda c: jax.tree.map(lambda x: x.shape, tiny.one_device(c).abstract)  # noqa: E731
-    assert paths(config) == paths(longer)

@@ -25,7 +25,28 @@ def test_stages_fill_their_nulls_and_keep_a_rope_once_it_is_set(corpus):
     ]
     a, b, c = load(corpus, train={"stages": stages, "seq_len": 32, "batch": 8}).train.resolved_stages
     assert [(s.seq_len, s.batch) for s in (a, b, c)] == [(32, 8), (16, 8), (32, 4)]
-    assert a.rope is None and b.rope.factor == 2.0 and c.rope == b.rope
+    assert a.rope is None and b.rope == c.rope == rope
+
+
+def test_the_rope_of_a_stage_changes_what_it_names_in_every_layer(corpus):
+    """Layers of two bases, as in Gemma 3: each keeps its own, and its fraction."""
+    local, wide = (
+        {"attn": {"heads": 4, "rope": rope}, "mlp": {"ffw": 48}} for rope in ({"fraction": 0.5}, {"base": 1e6})
+    )
+    stages = [
+        {"name": "a", "steps": 2},
+        {"name": "b", "steps": 2, "seq_len": 128, "rope": {"scaling": "linear", "factor": "2e0"}},
+        {"name": "c", "steps": 2, "rope": {"factor": 4}},
+    ]
+    config = load(corpus, train={"stages": stages, "seq_len": 32}, model=small.MODEL | {"pattern": [local, wide]})
+    a, b, c = (stage.model(config.model) for stage in config.train.resolved_stages)
+    assert a == config.model and (b.context, c.context) == (128, 64)
+    for model, factor in ((b, 2.0), (c, 4.0)):
+        found = [spec.attn.rope for spec in model.pattern]
+        assert [(r.base, r.fraction, r.scaling, r.factor) for r in found] == [
+            (1e4, 0.5, "linear", factor),
+            (1e6, 1.0, "linear", factor),
+        ]
 
 
 @pytest.mark.parametrize(
@@ -34,6 +55,14 @@ def test_stages_fill_their_nulls_and_keep_a_rope_once_it_is_set(corpus):
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"seq_len": 0}, "seq_len=0 must be at least 1"),
         ({"batch": -8}, "batch=-8 must be at least 1"),
+        ({"weights": {"code": 0.0}}, "stage a: weights={'code': 0.0}: at least one above 0"),
+        ({"weights": {"code": 1.0, "prose": -1.0}}, "and none below"),
+        (
+            {"rope": {"scalling": "yarn"}},
+            "stage a: unknown setting pattern.0.attn.rope.scalling; did you mean .*scaling",
+        ),
+        ({"rope": {"scaling": "yarn"}}, "stage a: .*needs original_context"),
+        ({"rope": {"base": "x"}}, "stage a: pattern.0.attn.rope.base='x': input should be a valid number"),
         ({"weights": {"proze": 1.0}}, "no source proze; did you mean prose?"),
         ({"name": None}, "name"),
     ],
@@ -89,12 +118,28 @@ def test_what_makes_another_run(corpus):
         "data.workers=1",
     ]
     assert differences(saved, load(corpus, *same)) == {}
+    assert differences(saved, load(corpus, "checkpoint.folder=b")) == {"checkpoint.folder": (None, "b")}
     other = load(corpus, "train.seed=1", "data.seed=2", "model.pattern.0.mlp.ffw=64")
     assert differences(saved, other) == {
         "train.seed": (0, 1),
         "data.seed": (0, 2),
         "model.pattern.0.mlp.ffw": (48, 64),
     }
+
+
+def test_a_setting_that_an_older_version_did_not_know_has_its_default(corpus):
+    config = load(corpus)
+    saved = settings_of.to_dict(config)
+    del saved["train"]["max_skipped"], saved["train"]["z_loss"], saved["optim"]["clip"], saved["log"]
+    assert differences(saved, config) == {}
+    assert differences(saved, load(corpus, "train.z_loss=1")) == {"train.z_loss": (0.0, 1.0)}
+    with pytest.raises(SettingsError, match="there: unknown setting train.zz_loss"):
+        differences(saved | {"train": saved["train"] | {"zz_loss": 1}}, config, "there")
+
+
+def test_a_run_folder_in_an_object_store_is_refused(corpus):
+    with pytest.raises(SettingsError, match="out=gs://bucket/run: .* set checkpoint.folder=gs://bucket/run"):
+        load(corpus, "out=gs://bucket/run")
 
 
 def test_the_dial_replaces_what_a_file_says_and_gives_way_to_overrides(corpus):
@@ -133,6 +178,7 @@ def test_depth_in_a_file_fills_what_the_file_leaves_open(corpus):
     [
         (["model.depth=x"], "model.depth=x: must be a whole number above 0"),
         (["model.depth=0"], "model.depth=0"),
+        (["model.depth=2.9"], "model.depth=2.9: must be a whole number"),
         (["model.depth=2", "train.batch=few"], "train.batch=few: must be a whole number"),
         (["model.depth=2", "train.seq_len=-1"], "train.seq_len=-1"),
         (["model.depth=2", "optim=3"], "optim=3"),
@@ -142,6 +188,12 @@ def test_depth_in_a_file_fills_what_the_file_leaves_open(corpus):
 def test_a_dial_that_cannot_be_turned_is_refused(overrides, message):
     with pytest.raises(SettingsError, match=message):
         load_run("demo", overrides)
+
+
+@pytest.mark.parametrize("depth", [2.9, True])
+def test_a_depth_in_a_file_that_is_no_whole_number_is_refused(depth, corpus):
+    with pytest.raises(SettingsError, match=f"model.depth={depth}: must be a whole number above 0"):
+        load_run(small.settings(corpus, "run", model={"depth": depth}))
 
 
 def test_the_dial_makes_a_run_of_valid_settings_at_every_depth():

@@ -11,6 +11,7 @@ from jaxllm.data.store import TokenStore
 from jaxllm.errors import DataError
 from jaxllm.train.evaluate import Evaluator, Spread
 
+METRICS = ("heldout_loss", "perplexity", "bits_per_byte")
 LENGTHS, BYTES = [9, 2, 30, 1, 17], [25, 3, 70, 0, 41]
 
 
@@ -33,6 +34,7 @@ def store():
         start_of=np.cumsum(lengths) - lengths,
         lengths=lengths,
         bytes=np.array(BYTES),
+        hashes=np.arange(5),
     )
 
 
@@ -79,7 +81,19 @@ def test_fewer_rows_are_spread_over_the_text(made, store):
     assert rows.per_epoch == 5
     for k, r in enumerate((0, 2)):
         assert all(np.array_equal(a, b) for a, b in zip(some.row(k), rows.row(r), strict=True))
-    assert whole(made[1], rows=99) == whole(made[1])
+    assert whole(made[1], rows=99) == whole(made[1]) and not whole.samples(99)
+
+
+def test_a_sample_has_names_of_its_own_and_counts_stores_by_their_size(made, store):
+    """Two rows of each: the larger store weighs as much as with all of its rows."""
+    part = store.select(np.array([0]))
+    both = Evaluator(made[0], {"all": store, "part": part}, seq_len=12, batch=1)
+    found = both(made[1], rows=2)
+    assert both.samples(2) and set(found) == {f"{k}_sample{s}" for k in METRICS for s in ("", "/all", "/part")}
+    pairs = 54, 8
+    mean = sum(n * found[f"heldout_loss_sample/{s}"] for n, s in zip(pairs, ("all", "part"), strict=True)) / 62
+    assert found["heldout_loss_sample"] == pytest.approx(mean, rel=1e-6)
+    assert found["heldout_loss_sample/part"] == pytest.approx(both(made[1])["heldout_loss/part"], rel=1e-6)
 
 
 def test_text_with_nothing_to_predict_is_refused(made, store):

@@ -49,11 +49,26 @@ def test_damaged_settings_are_said(make, tmp_path):
         make()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "checkpoints/8", "checkpoints/tokenizer", "checkpoints/3.unfinished"]
+)
 def test_parts_of_a_run_without_its_settings_are_left_alone(name, make, tmp_path):
     (tmp_path / "run" / name).mkdir(parents=True)
     with pytest.raises(CheckpointError, match=f"{name} is there, but no .*settings.yaml"):
         make()
+
+
+def test_an_empty_folder_of_checkpoints_is_no_run(make, tmp_path):
+    """As where a disk is mounted."""
+    (tmp_path / "disk/lost+found").mkdir(parents=True)
+    assert not make(checkpoint={"folder": str(tmp_path / "disk")}).resumed
+
+
+def test_a_run_does_not_look_for_its_checkpoints_elsewhere(make, tmp_path):
+    folder = make()
+    folder.write_start(folder.open_tokenizer(print))
+    with pytest.raises(CheckpointError, match="other settings: checkpoint.folder: None there, '.*' now"):
+        make(checkpoint={"folder": str(tmp_path / "disk")})
 
 
 def test_the_folders_own_tokenizer_comes_first(make, corpus, tmp_path):

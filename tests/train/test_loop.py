@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 
@@ -16,10 +17,13 @@ from jaxllm import api, checkpoint, tree
 from jaxllm.checkpoint import Checkpoints, Preemption
 from jaxllm.config import parse
 from jaxllm.errors import CheckpointError, SettingsError, UserError
+from jaxllm.model.build import build
 from jaxllm.sharding import ParallelConfig, make_sharding
 from jaxllm.train import loop
 from jaxllm.train.config import RunConfig, load_run
 from jaxllm.train.evaluate import Evaluator
+from jaxllm.train.init import first_weights
+from jaxllm.train.writers import JsonlWriter
 
 
 def train(*args, **changes):
@@ -43,6 +47,11 @@ def stop_at(monkeypatch):
     return stop
 
 
+def steps_of(out):
+    """Names in the folder of checkpoints."""
+    return sorted(path.name for path in (out / "checkpoints").iterdir() if path.name != ".lock")
+
+
 def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -60,7 +69,7 @@ def test_a_run_leaves_its_folder(finished):
     heldout = [row for row in rows(out) if "heldout_loss" in row]
     assert [row["step"] for row in heldout] == [4, 8]
     assert {"heldout_loss/code-heldout", "bits_per_byte/prose-heldout"} < set(heldout[-1])
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["3", "6", "8"]
+    assert steps_of(out) == ["3", "4", "6", "8"], "every third step, the evaluated ones and the last"
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["steps"] == 8 and summary["tokens"] == 2048
@@ -88,10 +97,13 @@ def test_the_checkpoint_holds_what_the_run_ended_with(finished):
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(finished, corpus, tmp_path):
-    before = (finished.folder / "metrics.jsonl").read_bytes()
+    def files():
+        return {p: p.read_bytes() for p in finished.folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+    before = files()
     again = train(corpus, finished.folder)
-    assert again.status == "finished"
-    assert (finished.folder / "metrics.jsonl").read_bytes() == before
+    assert again.status == "finished" and again.summary["tokens_per_second"] == finished.summary["tokens_per_second"]
+    assert files() == before
     assert small.bits(tree.flatten(again.params)) == small.bits(tree.flatten(finished.params))
 
 
@@ -237,13 +249,79 @@ def test_early_stopping_by_patience_keeps_the_best_and_stays_stopped(corpus, tmp
     heldout([3.0, 2.0, 2.5, 2.6, 1.0])
     result = train(corpus, tmp_path / "run", **changes)
     assert result.status == "stopped early" and result.summary["steps"] == 4
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["2", "4"]
+    assert steps_of(tmp_path / "run") == ["2", "4"]
     assert train(corpus, tmp_path / "run", **changes).summary["steps"] == 4
     assert list(small.losses(tmp_path / "run")) == [1, 2, 3, 4]
     heldout([1.9])
     result = train(corpus, tmp_path / "run", **changes | {"train__patience": 3})
     assert result.summary["steps"] == 8, "one better evaluation starts the count again: 1.9, then three worse"
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["5", "8"]
+    assert steps_of(tmp_path / "run") == ["5", "8"]
+
+
+def test_the_best_evaluation_is_kept_wherever_it_falls(corpus, tmp_path, heldout):
+    heldout([3.0, 2.0, 2.5])
+    train(corpus, tmp_path / "run", train__eval_every=2, checkpoint={"every": 100, "keep": 1})
+    assert steps_of(tmp_path / "run") == ["4", "8"]
+    heldout([3.0, 2.0, 2.5])
+    train(corpus, tmp_path / "other", train__eval_every=2, checkpoint={"every": 100, "keep": 1, "keep_best": False})
+    assert steps_of(tmp_path / "other") == ["8"]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(step, finished, corpus, tmp_path, monkeypatch):
+    def fails(self, params, **_):
+        raise MemoryError("no room for the evaluation")
+
+    evaluate = Evaluator.__call__
+    calls = iter([evaluate] * (step // 4 - 1) + [fails])
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Evaluator, "__call__", lambda *args, **options: next(calls)(*args, **options))
+        train(corpus, tmp_path / "run")
+    assert steps_of(tmp_path / "run")[-1] == str(step)
+    assert train(corpus, tmp_path / "run").status == "finished"
+    assert metrics(tmp_path / "run") == metrics(finished.folder)
+
+
+def test_a_run_stopped_at_an_evaluation_makes_up_for_it(finished, corpus, tmp_path, stop_at):
+    stop_at(4)
+    assert train(corpus, tmp_path / "run").status == "preempted"
+    assert not any("heldout_loss" in row for row in rows(tmp_path / "run"))
+    train(corpus, tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(finished.folder)
+    ends = [checkpoint.read_meta(out)[1] for out in (tmp_path / "run", finished.folder)]
+    assert ends[0]["best"] == ends[1]["best"] == rows(finished.folder)[-1]["heldout_loss"]
+
+
+def metrics(out):
+    """All that does not depend on the clock."""
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "eta")} for row in rows(out)]
+
+
+def test_checkpoints_that_are_gone_are_not_trained_again(finished, corpus, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(CheckpointError, match="trained for 8 steps, but .*checkpoints holds no checkpoint"):
+        train(corpus, tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()  # a run that was killed after its first save, every three steps
+    with pytest.raises(CheckpointError, match="trained for 8 steps"):
+        train(corpus, tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(finished.folder)
+
+
+def test_a_full_disk_costs_lines_of_metrics_and_not_the_run(finished, corpus, tmp_path, monkeypatch, caplog):
+    write = JsonlWriter.write
+
+    def full(self, step, row):
+        if step in (5, 6):
+            raise OSError(28, "No space left on device")
+        write(self, step, row)
+
+    monkeypatch.setattr(JsonlWriter, "write", full)
+    result = train(corpus, tmp_path / "run")
+    assert result.status == "finished" and result.saved
+    there = small.losses(finished.folder)
+    assert small.losses(tmp_path / "run") == {step: there[step] for step in there if step not in (5, 6)}
+    assert sum("metrics are being lost: [Errno 28]" in message for message in caplog.messages) == 1
 
 
 def test_too_many_non_finite_gradients_stop_the_run(corpus, tmp_path, monkeypatch):
@@ -255,9 +333,11 @@ def test_too_many_non_finite_gradients_stop_the_run(corpus, tmp_path, monkeypatc
 
     monkeypatch.setattr(loop, "make_state", poisoned)
     with pytest.raises(UserError, match=r"step 3: the gradient was not finite in 3 steps in a row .*since step 0\."):
-        train(corpus, tmp_path / "run", train__max_skipped=3)
+        train(corpus, tmp_path / "run", train__max_skipped=3, train__eval_every=9, checkpoint__every=9)
     found = rows(tmp_path / "run")
-    assert [row["skipped"] for row in found] == [1, 2, 3] and found[0]["loss"] is None
+    assert [row["skipped"] for row in found] == [1, 2, 3, 4] and found[0]["loss"] is None
+    assert steps_of(tmp_path / "run") == ["4"], "what was trained before is not lost"
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "diverged"
 
 
 def test_init_and_trainable(finished, corpus, tmp_path):
@@ -279,6 +359,34 @@ def test_init_from_a_run_with_another_tokenizer_is_refused(finished, corpus, tmp
     with pytest.raises(CheckpointError, match="another tokenizer .*data.tokenizer"):
         train(corpus, tmp_path / "run", **changes, model=small.MODEL | {"vocab": 400})
     assert not (tmp_path / "run").exists()
+
+
+def test_init_from_another_model_of_the_same_shapes_is_refused(finished, corpus, tmp_path):
+    layer = small.MODEL["pattern"][0]
+    other = {"attn": layer["attn"] | {"rope": {"base": 5e5}}, "mlp": layer["mlp"] | {"activation": "geglu"}}
+    with pytest.raises(
+        CheckpointError, match="another model: .*base: 10000.0 there, 500000.0 here; .*geglu.*; norm_eps"
+    ):
+        model = small.MODEL | {"pattern": [other], "norm_eps": 1e-2}
+        train(corpus, tmp_path / "run", train__init=str(finished.folder), model=model)
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_may_change_the_context_and_how_it_is_computed(finished, corpus):
+    layer = small.MODEL["pattern"][0]
+    longer = {
+        "attn": layer["attn"] | {"kv_heads": 2, "rope": {"scaling": "linear", "factor": 2.0}},
+        "mlp": layer["mlp"],
+    }
+    raw = small.settings(corpus, "run", model=small.MODEL | {"pattern": [longer, longer], "context": 128})
+    raw["model"] |= {"dropout": 0.1, "dtype": "bfloat16", "remat": "full"}
+    model = build(load_run(raw)[0].model, make_sharding())
+    with pytest.raises(CheckpointError, match="holds other arrays"):  # two slots of one layer are stored in another way
+        first_weights(str(finished.folder), model, finished.tokenizer)
+    raw["model"]["pattern"] = [longer]
+    model = build(load_run(raw)[0].model, make_sharding())
+    found = first_weights(str(finished.folder), model, finished.tokenizer)
+    assert small.bits(tree.flatten(found)) == small.bits(tree.flatten(finished.params))
 
 
 def test_a_profiler_trace_of_chosen_steps(corpus, tmp_path, stop_at):
@@ -321,7 +429,11 @@ def test_a_run_goes_on_from_a_checkpoint_folder_of_its_own_on_a_new_disk(finishe
     there = small.losses(finished.folder)
     assert small.losses(tmp_path / "second") == {step: there[step] for step in (6, 7, 8)}
     assert small.bits(tree.flatten(result.params)) == small.bits(tree.flatten(finished.params))
-    assert api.load(tmp_path / "bucket").step == 8
+    for folder in ("bucket", "second"):
+        loaded = api.load(tmp_path / folder)  # the run folder's settings say where its checkpoints are
+        assert loaded.step == 8 and small.bits(tree.flatten(loaded.params)) == small.bits(tree.flatten(result.params))
+    third = train(corpus, tmp_path / "third", checkpoint=where)
+    assert third.status == "finished" and json.loads((tmp_path / "third/summary.json").read_text())["steps"] == 8
 
 
 def test_processes_that_would_share_rows_are_refused(corpus, tmp_path, monkeypatch):

@@ -55,6 +55,15 @@ def test_a_state_that_just_fits_passes_and_a_byte_less_is_refused(available):
             memory.check_state(made)
 
 
+def test_frozen_weights_need_no_gradient(available):
+    made = state(data=8, fsdp=1)
+    attention = {path: leaf for path, leaf in tree.flatten(made.params).items() if "/attn/" in path}
+    available(tree.nbytes(made.params) + tree.nbytes(attention) + tree.nbytes(made.opt))
+    memory.check_state(made, "**/attn/**")
+    with pytest.raises(ResourceError, match="gradients"):
+        memory.check_state(made)
+
+
 def test_a_step_whose_temporaries_do_not_fit_is_refused(available):
     compiled = jax.jit(lambda x: jnp.sort(x @ x.T) @ x).lower(jnp.zeros((256, 256))).compile()
     available(1 << 30)

@@ -10,8 +10,10 @@ import tiny
 
 from jaxllm.model.build import build
 from jaxllm.objectives.lm import lm
+from jaxllm.optim.config import OptimConfig
+from jaxllm.optim.optimizers import make_optimizer
 from jaxllm.sharding import ParallelConfig, make_sharding
-from jaxllm.train.step import make_state, make_train_step
+from jaxllm.train.step import abstract_state, make_state, make_train_step
 
 CONFIGS = {
     "dense": tiny.config({"window": 5, "qk_norm": "head"}, tied=True, vocab_multiple=8, logit_softcap=20.0),
@@ -82,3 +84,32 @@ def test_accumulation_on_eight_devices_equals_the_big_batch_on_one():
     check(
         "dense", *step("dense", make_sharding(ParallelConfig(fsdp=2, tensor=4, rules={"kv_heads": None})), accumulate=4)
     )
+
+
+def three_steps(optimizer: str, sharding):
+    """`(losses, weights, optimizer state, its description)` of three steps of one compiled program, as in a run.
+
+    Wide enough that Adafactor keeps rows and columns.
+    """
+    model = build(tiny.config(embed=128, layers=1, mlp={"ffw": 128}, vocab_multiple=8), sharding)
+    tx = make_optimizer(OptimConfig(name=optimizer, lr=1e-2), 3, model.axes)
+    abstract = abstract_state(model, tx)
+    state = make_state(model, tx, jax.random.key(0), params=tiny.weights(model))
+    batch, losses = sharding.batch(BATCH), []
+    step = make_train_step(model, lm, tx, abstract=abstract).lower(state, batch).compile()
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, jax.tree.map(np.asarray, state.params), state.opt, abstract.opt
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon", "adamw"])  # the state of lion and sgd is as adamw's
+def test_an_optimizer_takes_three_steps_on_a_mesh_as_on_one_device(optimizer):
+    losses, weights, state, described = three_steps(optimizer, make_sharding(ParallelConfig(fsdp=4, tensor=2)))
+    for array, place in zip(jax.tree.leaves(state), jax.tree.leaves(described), strict=True):
+        assert array.sharding.is_equivalent_to(place.sharding, array.ndim)
+    split = [array for array in jax.tree.leaves(state) if array.ndim and not array.sharding.is_fully_replicated]
+    assert sum(array.size for array in split) > 0.9 * sum(array.size for array in jax.tree.leaves(state))
+    expected, there, _, _ = three_steps(optimizer, make_sharding(ParallelConfig(), jax.devices()[:1]))
+    assert losses == pytest.approx(expected, rel=1e-4) and losses[2] < losses[0]
+    assert tiny.worst(weights, there) < 2e-2

@@ -1,6 +1,7 @@
 """What becomes of metrics: lines one step late, the rate that was used, patience, the stop after bad gradients."""
 
 import json
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -9,7 +10,7 @@ import small
 from jaxllm.optim.schedules import make_schedule
 from jaxllm.train.config import load_run
 from jaxllm.train.progress import Show
-from jaxllm.train.recorder import Recorder, TrainingStopped
+from jaxllm.train.recorder import Recorder
 
 pytestmark = pytest.mark.fast
 
@@ -81,13 +82,41 @@ def test_a_held_out_loss_that_is_no_number_is_never_the_best(make):
     assert recorder.best == 3.0
 
 
-def test_too_many_skipped_steps_stop_the_run_after_they_are_written(make, tmp_path):
+def test_too_many_skipped_steps_are_a_problem_once_they_are_written(make, tmp_path):
     recorder = make(train__max_skipped=2)
     push(recorder, 1)
     push(recorder, 2, skipped=1, in_row=1)
     push(recorder, 3, skipped=2, in_row=2)
-    with pytest.raises(
-        TrainingStopped, match=r"step 3: .* 2 steps in a row .*max_skipped.* since step 1\. Lower optim.lr"
-    ):
-        recorder.flush()
+    assert recorder.problem is None
+    recorder.flush()
+    assert re.search(r"step 3: .* 2 steps in a row .*max_skipped.* since step 1\. Lower optim.lr", recorder.problem)
     assert rows(tmp_path)[-1]["skipped"] == 2
+
+
+def test_a_writer_that_fails_is_said_once_and_tried_again(make, tmp_path, caplog):
+    class Away:
+        steps = []
+
+        def write(self, step, row):
+            if step < 3:
+                raise ConnectionError("service is away")
+            self.steps.append(step)
+
+        def close(self):
+            raise ConnectionError("service is away")
+
+    recorder = make()
+    recorder.writers.append(Away())
+    for step in (1, 2, 3, 4):
+        push(recorder, step)
+    recorder.flush()
+    recorder.close()
+    assert Away.steps == [3, 4] and [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+    lost = [message for message in caplog.messages if "metrics are being lost: service is away" in message]
+    assert len(lost) == 2 and "step 1" in lost[0] and "closing" in lost[1]
+
+
+def test_a_sample_is_what_runs_are_compared_by(make):
+    recorder = make(train__patience=1)
+    assert not recorder.evaluated(1, 1, {"heldout_loss_sample": 2.0, "bits_per_byte_sample": 1.0})
+    assert recorder.best == 2.0

@@ -27,6 +27,12 @@ def test_the_figure_holds_every_point_over_tokens():
     assert any("0.250" in text.get_text() for text in axes.get_legend().get_texts())
 
 
+def test_a_held_out_sample_is_a_curve_of_its_own():
+    rows = [{"tokens": 10 * i, "heldout_loss_sample": 1.0 / i} for i in (1, 2)] + [{"tokens": 20, "heldout_loss": 0.75}]
+    sample, heldout = draw_loss(rows).axes[0].lines
+    assert [*sample.get_ydata()] == [1.0, 0.5] and [*heldout.get_ydata()] == [0.75]
+
+
 def test_png_on_disk(tmp_path):
     plot_loss(ROWS, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import subprocess
 import sys
 
 import pytest
@@ -58,6 +59,26 @@ def test_a_cut_off_last_line_is_left_out_and_a_whole_one_without_newline_kept(tm
     assert [row["step"] for row in read_jsonl(path)] == [0, 1, 2]
 
 
+def test_a_line_that_a_full_disk_cuts_is_taken_back(tmp_path):
+    """The file may grow to 100 bytes, then to any size."""
+    code = """
+import resource, sys, pathlib
+from jaxllm.train.writers import JsonlWriter
+writer = JsonlWriter(pathlib.Path(sys.argv[1]))
+writer.write(1, {"loss": 0.5})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+try:
+    writer.write(2, {"x" * 100: 0.5})
+    sys.exit("the disk was not full")
+except OSError:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+writer.write(3, {"loss": 0.5})
+"""
+    path = tmp_path / "m.jsonl"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    assert [row["step"] for row in read_jsonl(path)] == [1, 3]
+
+
 @pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}', ""])
 def test_damage_elsewhere_names_file_and_line(tmp_path, line):
     path = tmp_path / "m.jsonl"
@@ -90,10 +111,13 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, package, make):
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs the extra [tensorboard]")
 def test_tensorboard_events_read_back(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
     writer = TensorBoardWriter(tmp_path)
     writer.write(3, {"loss": 1.5})
+    writer.write(4, {"loss": 9.0})
+    writer.close()
+    writer = TensorBoardWriter(tmp_path, 3)  # the run resumes after step 3
     writer.write(4, {"loss": 1.25})
     writer.close()
     events = EventAccumulator(str(tmp_path))
@@ -117,9 +141,16 @@ def test_wandb_gets_folder_settings_and_steps(tmp_path, monkeypatch):
             calls.append("finish")
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    (tmp_path / "run7").mkdir()
     writer = WandbWriter(tmp_path / "run7", "project", {"lr": 1})
     writer.write(2, {"loss": 0.5})
     writer.close()
     opened, *rest = calls
-    assert (opened["id"], opened["resume"], opened["config"]) == ("run7", "allow", {"lr": 1})
+    assert (opened["name"], opened["resume"], opened["config"]) == ("run7", "allow", {"lr": 1})
     assert rest == [(2, {"loss": 0.5}), "finish"]
+    for folder in ("run7", "other/run7"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        WandbWriter(tmp_path / folder, "project", {})
+    assert calls[-2]["id"] == opened["id"] != calls[-1]["id"], (
+        "resumed in the same one; another run of that name is not"
+    )
