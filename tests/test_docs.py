@@ -1,6 +1,7 @@
 """What README and docs say can be done, done: their commands parse, their code runs, their files are there."""
 
 import importlib
+import os
 import re
 import shlex
 import shutil
@@ -91,12 +92,38 @@ def test_the_readme_commands_run(tmp_path, monkeypatch, capsys):
     assert "warmup" in capsys.readouterr().out, "the last one shows all settings"
 
 
+FAMILY = "# jaxllm/families/mistral.py\n"
+
+
+@pytest.mark.fast
+def test_the_family_of_the_docs_is_the_one_in_the_code():
+    block = next(text for text in blocks(ROOT / "docs/extending.md", "python") if text.startswith(FAMILY))
+    assert block.removeprefix(FAMILY) == (ROOT / "jaxllm/families/mistral.py").read_text()
+    assert block.count("\n") < 100
+
+
+@pytest.mark.real_models
+def test_the_commands_for_published_models_run(monkeypatch, tmp_path, capsys):
+    models = Path(os.environ.get("JAXLLM_MODELS", ROOT / "models")).resolve()
+    if not models.is_dir():
+        pytest.skip("no models; scripts/fetch_models.sh gets them")
+    monkeypatch.setenv("JAXLLM_LAUNCH", "0")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("builtins.input", lambda *_: "/exit")
+    lines = next(text for text in blocks(ROOT / "README.md", "sh") if "models/" in text).splitlines()
+    for line in lines[1:]:
+        words = [word.replace("models/", f"{models}/") for word in shlex.split(line, comments=True)[1:]]
+        assert cli.main(words) == 0, (words, capsys.readouterr().err)
+    said = " ".join(blocks(ROOT / "README.md", "text")[0].split())
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.fixture(scope="module")
 def extending(tmp_path_factory):
     """`extending(name)`: the function of this name in docs/extending.md, whose block is a module of `mypackage`."""
     folder = tmp_path_factory.mktemp("extending")
     (folder / "mypackage").mkdir()
-    texts = blocks(ROOT / "docs" / "extending.md", "python")
+    texts = [text for text in blocks(ROOT / "docs" / "extending.md", "python") if FAMILY not in text]
     names = [re.search(r"^def (\w+)", text, re.MULTILINE)[1] for text in texts]
     for name, text in zip(names, texts, strict=True):
         module = "optimizers" if "mypackage/optimizers.py" in text else name
