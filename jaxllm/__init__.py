@@ -9,7 +9,7 @@ import importlib
 import types
 
 __version__ = "0.1.0"
-__all__ = ["Loaded", "evaluate", "generate", "load", "stream", "train"]
+__all__ = ["Loaded", "evaluate", "evaluate_tasks", "export", "generate", "load", "stream", "train"]
 
 
 def __getattr__(name: str):
