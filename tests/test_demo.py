@@ -35,7 +35,7 @@ def test_what_to_try_next_can_be_typed(folder, tmp_path, monkeypatch):
         assert Path(words[0]).absolute().parent == Path(sys.executable).parent
         args = cli.parse(words[1 if words[1] != "-m" else 3 :])
         assert getattr(args, "checkpoint", folder) == folder
-        assert all(Path(path).is_file() for path in getattr(args, "data", ()))
+        assert all(Path(path).is_file() for source in getattr(args, "data", None) or () for path in source)
     load_run(args.config, args.overrides)
 
 
