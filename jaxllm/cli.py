@@ -155,6 +155,8 @@ def train(args) -> int:
         if key in result.summary:
             value = result.summary[key]  # null where it is not finite
             print(key, "not finite" if value is None else f"{value:.4f}")
+    if result.status == "preempted":
+        print("the same command goes on from there")
     return _exit_code(result)
 
 

@@ -61,7 +61,8 @@ class RunFolder:
             more = f" and {len(changes) - 6} more" if len(changes) > 6 else ""
             raise CheckpointError(
                 f"{self.path} holds a run with other settings: {listed}{more}. "
-                "Choose another folder with out=..., or give it the settings it had"
+                f"Give it the settings it had, or start a new run with out=..., from its weights with "
+                f"train.init={self.path}"
             )
 
     def refuse_to_start_over(self) -> None:
@@ -97,6 +98,8 @@ class RunFolder:
                 f"the tokenizer has {tokenizer.vocab} pieces and the model a vocabulary of {self.config.model.vocab}; "
                 f"set model.vocab={tokenizer.vocab}"
             )
+        if unused := self.config.model.vocab - tokenizer.vocab:
+            say(f"the model's vocabulary has {unused:,} ids more than the tokenizer; their weights are never used")
         return tokenizer
 
     def write_start(self, tokenizer: Tokenizer) -> None:

@@ -62,6 +62,8 @@ class Trainer:
         self.stages = config.train.resolved_stages
         for stage in self.stages:
             check_batch(stage, config.train.accumulate, self.sharding)
+            rows = stage.batch // config.train.accumulate // self.sharding.batch_size
+            memory.check_rows(config.model, rows * stage.seq_len // self.sharding.mesh.shape["context"])
         self.model = self.model_of(self.stages[0])
         self.tx = make_optimizer(config.optim, config.train.total_steps, self.model.axes)
         self.options = dict(trainable=config.train.trainable, ema=config.train.ema is not None)
@@ -115,6 +117,7 @@ class Trainer:
         if self.recorder.resume(meta["best"], meta["since_best"]):
             self.status = "stopped early"
         self.show.say(f"resumed {self.folder.path} at step {step}")
+        self.show.begin(step)
         if meta.get("unevaluated") and (evaluator := self.evaluator(stage)):
             self.open(state)
             self.evaluate(step, state, evaluator)
@@ -282,8 +285,8 @@ class Trainer:
             f"{self.total:,} parameters ({self.active:,} in matrix products), {jax.devices()[0].device_kind}, {mesh}\n"
             f"{stage.name}: {stage.steps} steps of {stage.batch} rows x {stage.seq_len} = "
             f"{stage.batch * stage.seq_len:,} tokens{split}"
-            + f"; rows of another length, so from a new epoch of {', '.join(new)}"
-            * bool(new)
+            + f"; rows of another length, so from a new epoch of {', '.join(new)}" * bool(new)
+            + f"; the model's context becomes {stage.seq_len}" * (stage.seq_len > self.config.model.context)
         )
 
 

@@ -1,10 +1,14 @@
 """Will it fit? Bytes a device needs for the state, before anything is made, and for the compiled step."""
 
 import jax
+import jax.numpy as jnp
 import psutil
 
 from jaxllm import tree
 from jaxllm.errors import ResourceError
+from jaxllm.model.spec import ModelConfig
+
+STEP_ADVICE = "raise train.accumulate, set model.remat=full, or lower train.batch or train.seq_len"
 
 
 def device_bytes(abstract) -> int:
@@ -42,13 +46,22 @@ def check_state(state, trainable: str = "**") -> None:
     _check(parts, "lower model.embed or model.layers, raise parallel.fsdp, or use optim.name=adafactor")
 
 
+def check_rows(config: ModelConfig, tokens: int) -> None:
+    """Raises ResourceError where not even each layer's input fits for the backward pass of so many tokens on a device.
+
+    Known at once, where compiling a step that is far too large takes minutes before `check_step` can say so.
+    """
+    need = tokens * config.embed * config.layers * jnp.dtype(config.dtype).itemsize
+    _check({f"the layers' inputs alone for {tokens:,} tokens": need}, STEP_ADVICE)
+
+
 def check_step(compiled) -> None:
     """Raises ResourceError when the compiled step's temporaries cannot fit beside the state, which exists already."""
     analysis = compiled.memory_analysis()
     if analysis is not None:
         fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         parts = {"activations and other temporaries": analysis.temp_size_in_bytes, "outputs": max(0, fresh)}
-        _check(parts, "raise train.accumulate, set model.remat=full, or lower train.batch or train.seq_len")
+        _check(parts, STEP_ADVICE)
 
 
 def _check(parts: dict[str, int], advice: str) -> None:

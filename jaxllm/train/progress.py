@@ -35,6 +35,11 @@ class Show:
             self.last = time.monotonic()
             print(f"step {step}/{self.total}  {text}", file=sys.stderr, flush=True)
 
+    def begin(self, step: int) -> None:
+        """Where a resumed run goes on, before its first step is done."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step)
+
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.bar is not None:

@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import psutil
 import pytest
+import small
 import tiny
 
-from jaxllm import tree
+from jaxllm import api, tree
 from jaxllm.errors import ResourceError
 from jaxllm.model.build import build
 from jaxllm.optim.config import OptimConfig
 from jaxllm.optim.optimizers import make_optimizer
 from jaxllm.sharding import ParallelConfig, make_sharding
 from jaxllm.train import memory
+from jaxllm.train.loop import Trainer
 from jaxllm.train.step import abstract_state
 
 pytestmark = pytest.mark.fast
@@ -75,3 +77,10 @@ def test_a_step_whose_temporaries_do_not_fit_is_refused(available):
 
 def test_sizes_are_written_for_people():
     assert [memory.size(n) for n in (12, 1536, 3 << 20, 5 << 40)] == ["12 B", "1.5 KiB", "3.0 MiB", "5.0 TiB"]
+
+
+def test_rows_that_cannot_fit_are_refused_before_anything_is_compiled(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "compile", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(ResourceError, match=r"the layers' inputs alone for \d[\d,]+ tokens .*lower train.batch"):
+        api.train(small.settings(corpus, tmp_path / "run", train__batch=2**33), quiet=True)
+    assert not (tmp_path / "run").exists()
