@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test fast lint install clean
+.PHONY: demo test fast slow lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxllm demo
@@ -13,6 +13,9 @@ test: $(VENV)/.installed-dev
 
 fast: $(VENV)/.installed-dev
 	JAXLLM_TEST_CACHE=$(CURDIR)/.cache/xla $(BIN)/python -m pytest -n 2 -m fast
+
+slow: $(VENV)/.installed-dev
+	JAXLLM_TEST_CACHE=$(CURDIR)/.cache/xla $(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

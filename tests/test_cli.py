@@ -275,6 +275,7 @@ def test_options_of_generate_that_would_be_ignored_are_refused(options, message,
     refused([message], "generate", "nowhere", "--prompt", "x", *options)
 
 
+@pytest.mark.slow
 def test_generate_samples_searches_and_shows_log_probabilities(finished, capsys):
     def made(*options):
         assert cli.main(["generate", str(finished.folder), "--prompt", "def f", "--max-tokens", "8", *options]) == 0

@@ -118,6 +118,7 @@ def test_unstacking_can_free_the_weights_that_it_reads(dense):
     assert tiny.bit_equal(freed, unstack(dense.params))
 
 
+@pytest.mark.slow
 def test_eight_devices_make_the_tokens_of_one(dense):
     where = make_sharding(ParallelConfig(data=2, fsdp=2, tensor=2))
     model = build(dense.model.config, where)

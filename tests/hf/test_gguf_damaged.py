@@ -79,6 +79,7 @@ def header(data: bytes) -> int:
     return data.index(b"token_embd.weight") + 2000
 
 
+@pytest.mark.slow
 def test_a_mutated_header_is_refused_or_harmless_and_never_costs_much(good, tmp_path):
     rng, refused = np.random.default_rng(0), 0
     for _ in range(100):

@@ -124,7 +124,13 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    "variant, stop", [("moe, ema, dropout, microbatches", 5), ("stages", 2), ("stages", 3), ("stages", 5)]
+    "variant, stop",
+    [
+        ("moe, ema, dropout, microbatches", 5),
+        pytest.param("stages", 2, marks=pytest.mark.slow),
+        ("stages", 3),
+        pytest.param("stages", 5, marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant, stop, corpus, tmp_path, whole_runs, stop_at):
     whole = whole_runs(variant)
@@ -389,6 +395,7 @@ def test_init_may_change_the_context_and_how_it_is_computed(finished, corpus):
     assert small.bits(tree.flatten(found)) == small.bits(tree.flatten(finished.params))
 
 
+@pytest.mark.slow
 def test_a_profiler_trace_of_chosen_steps(corpus, tmp_path, stop_at):
     train(corpus, tmp_path / "last", log={"profile": "8"})
     assert list((tmp_path / "last/profile").rglob("*.xplane.pb")), "a trace that ends with the run"
