@@ -133,6 +133,7 @@ def extending(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
+@pytest.mark.slow
 def test_the_extensions_train(extending):
     from jaxllm.optim.config import OptimConfig
     from jaxllm.optim.optimizers import make_optimizer

@@ -147,6 +147,7 @@ def test_latent_attention_on_eight_devices_equals_one(latent):
     assert tiny.relative(logits[1], logits[0]) < 1e-5
 
 
+@pytest.mark.slow
 def test_norms_stored_less_one_start_as_plain_ones(latent):
     """The same function of the same key, with zeros where the others have ones."""
     out = []
