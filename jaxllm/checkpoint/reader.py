@@ -57,7 +57,7 @@ def locate(path, step: int | None = None) -> tuple[epath.Path, int | None]:
     """
     folder = absolute(path)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+        raise CheckpointError(f"{folder}: no such folder; give a run folder, a Hugging Face folder or a .gguf file")
     if folder.name.isdigit() and manifest.sealed(folder):
         return folder.parent, int(folder.name) if step is None else step
     inside, settings = folder / "checkpoints", folder / "settings.yaml"
