@@ -48,9 +48,10 @@ def read1(keys: Keys) -> ModelConfig:
 
 
 def write1(config: ModelConfig) -> dict:
-    return write_base(config, "gemma", "GemmaForCausalLM") | {
+    keys = write_base(config, "gemma", "GemmaForCausalLM")
+    return keys | {
         "attention_bias": config.layer_specs[0].attn.qkv_bias,
-        "hidden_activation": write_base(config, "", "")["hidden_act"],
+        "hidden_activation": keys["hidden_act"],
     }
 
 

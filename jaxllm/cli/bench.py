@@ -1,0 +1,35 @@
+"""Verbs that measure speed."""
+
+import logging
+
+from jaxllm.cli.common import new_verb
+
+
+def add_bench(verbs):
+    verbs = new_verb(verbs, "bench", "measure speed").add_subparsers(metavar="VERB", required=True)
+    verb = new_verb(
+        verbs, "train", "tokens/s, memory and compile time of real training steps", bench_train, "bench train"
+    )
+    verb.set_defaults(launch=logging.INFO)
+    verb.add_argument("--workloads", nargs="+", default=["W1", "W2", "W3"], help="default: W1 W2 W3")
+    verb.add_argument("--steps", type=int, help="timed steps (default: as the workload says)")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    verb = new_verb(verbs, "generate", "tokens/s of prefill and of decoding", bench_generate, "bench generate")
+    verb.set_defaults(launch=True)
+    verb.add_argument("model", metavar="MODEL", help="run folder, Hugging Face folder or .gguf file")
+    verb.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="rows at a time (default: 1 8)")
+    verb.add_argument("--dtype", default="float32", help="of a published model's weights (default float32)")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def bench_generate(args) -> None:
+    from jaxllm.bench_generate import bench_generate
+
+    bench_generate(args.model, batches=args.batches, dtype=args.dtype, json=args.json)
+
+
+def bench_train(args) -> None:
+    from jaxllm.bench import bench_train
+
+    bench_train(args.workloads, steps=args.steps, json=args.json)

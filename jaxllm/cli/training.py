@@ -1,0 +1,92 @@
+"""Verbs that train and look at runs: train, runs, demo."""
+
+import logging
+import sys
+
+from jaxllm.cli.common import new_verb
+
+
+def add_train(verbs):
+    verb = new_verb(
+        verbs,
+        "train",
+        "train a model by a settings file, or go on with a run that was stopped",
+        train,
+        launch=logging.INFO,
+    )
+    verb.add_argument("config", metavar="RUN.yaml", help="settings file, or the name of a shipped one (configs/runs)")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    verb.add_argument("--print-config", action="store_true", help="show all settings, resolved, with their meaning")
+    verb.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def train(args) -> int:
+    from jaxllm import config
+    from jaxllm.train.config import load_run
+
+    settings, scale = load_run(args.config, args.overrides)
+    if scale is not None:
+        run = settings.train
+        print(scale.derivation())
+        print(f"so: {run.total_steps:,} steps of {run.batch} rows x {run.seq_len} tokens, lr {settings.optim.lr:.4g}")
+    if args.print_config:
+        print(config.describe(settings))
+        return 0
+    from jaxllm.train.loop import train
+
+    result = train(settings, quiet=args.quiet)
+    print(f"{result.status} at step {result.summary['steps']}: {result.folder}")
+    for key in ("loss", "heldout_loss", "bits_per_byte"):
+        if key in result.summary:
+            value = result.summary[key]  # null where it is not finite
+            print(key, "not finite" if value is None else f"{value:.4f}")
+    if result.status == "preempted":
+        print("the same command goes on from there")
+    return _exit_code(result)
+
+
+def _exit_code(result) -> int:
+    """1 when the last checkpoint was not saved; what the settings say after SIGTERM; else 0."""
+    if not result.saved:
+        print("the last checkpoint was not saved (see above)", file=sys.stderr)
+        return 1
+    return result.config.checkpoint.preempted_exit_code if result.status == "preempted" else 0
+
+
+def add_runs(verbs):
+    verbs = new_verb(verbs, "runs", "look at run folders").add_subparsers(metavar="VERB", required=True)
+    verb = new_verb(verbs, "list", "a table of runs", runs_list, "runs list")
+    verb.add_argument("folder", nargs="?", default="runs", help="folder of run folders (default runs)")
+    verb = new_verb(verbs, "compare", "settings that differ, and results side by side", runs_compare, "runs compare")
+    verb.add_argument("folders", nargs="+", help="run folders")
+
+
+def runs_list(args) -> None:
+    from pathlib import Path
+
+    from jaxllm.train.runs import list_runs
+
+    print(list_runs(Path(args.folder)))
+
+
+def runs_compare(args) -> None:
+    from pathlib import Path
+
+    from jaxllm.train.runs import compare_runs
+
+    print(compare_runs(*map(Path, args.folders)))
+
+
+def add_demo(verbs):
+    help = "train a small model on Python's standard library, from text to samples, in about five minutes"
+    verb = new_verb(verbs, "demo", help, demo, launch=logging.INFO)
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the demo's")
+    verb.add_argument("--moe", action="store_true", help="with a mixture of experts")
+    verb.add_argument("--minutes", type=float, default=5.0, help="about how long, in all (default 5)")
+    verb.add_argument("--out", help="run folder (default runs/demo, or the next free runs/demo-N)")
+
+
+def demo(args) -> int:
+    from jaxllm.demo import demo
+
+    return _exit_code(demo(moe=args.moe, minutes=args.minutes, out=args.out, overrides=args.overrides))
