@@ -29,8 +29,8 @@ class Request:
     banned_V: np.ndarray
 
     def stop_PE(self) -> np.ndarray:
-        """The stop tokens as an array with -1 for none; eight or a higher power of two, so that few are compiled."""
-        width = decode.power_of_two(max(map(len, self.stops)), 8)
+        """The stop tokens as an array with -1 for none: 32 places, or a higher power of two for more (compiled anew)."""
+        width = decode.power_of_two(max(map(len, self.stops)), 32)
         return np.array([[*ids, *[-1] * (width - len(ids))] for ids in self.stops], np.int32)
 
     def last(self, source_B) -> tuple[np.ndarray, np.ndarray]:
