@@ -10,7 +10,8 @@ import jax
 from etils import epath
 
 from jaxllm import checkpoint, tree
-from jaxllm import config as settings_of
+from jaxllm.adapt.changes import Change, Changes
+from jaxllm.checkpoint.models import changes_of, meta_of, model_of, save_model
 from jaxllm.data.config import DataConfig
 from jaxllm.data.prepare import prepare_source
 from jaxllm.data.sources import Source
@@ -22,9 +23,9 @@ from jaxllm.generate.decode import unstack
 from jaxllm.generate.text import Prompt, TextGeneration, TextStream, beam_text, generate_text, stream_text
 from jaxllm.hf.export import export_hf
 from jaxllm.hf.open import open_published
-from jaxllm.model.build import Model, Params, build, check_tokens
-from jaxllm.model.spec import ModelConfig
-from jaxllm.sharding import ParallelConfig, Sharding, make_sharding
+from jaxllm.model.build import Model, Params, check_tokens
+from jaxllm.model.change import change, changed
+from jaxllm.sharding import ParallelConfig, make_sharding
 from jaxllm.train import loop
 from jaxllm.train.config import RunConfig, load_run
 from jaxllm.train.evaluate import Evaluator
@@ -43,6 +44,8 @@ class Loaded:
     """Training steps behind the weights; 0 for a published model."""
     family: str | None = None
     """The family of a published model."""
+    changes: Changes = ()
+    """What the weights have been through: quantised, adapted, ..."""
 
     @property
     def decoding(self) -> Params:
@@ -57,6 +60,20 @@ class Loaded:
     def for_decoding(self) -> "Loaded":
         """The same model to generate with and for nothing else: its weights are kept once, and those here are freed."""
         return dataclasses.replace(self, params=unstack(self.params, free=True))
+
+    def change(self, one: Change, *, free: bool = False) -> "Loaded":
+        """The model with its weights quantised, adapted, merged, or made plain.
+
+        `free` gives the memory of each old weight back once the new one is made. Raises SettingsError where the change
+        does not fit the model.
+        """
+        plan = one.plan(self.model)
+        params = change(self.model, plan, self.params, free=free)
+        return dataclasses.replace(self, model=changed(self.model, plan), params=params, changes=(*self.changes, one))
+
+    def plain(self) -> "Loaded":
+        """The model with float32 arrays for all weights: adapters merged, codes as the values they stand for."""
+        return self.change(Change(plain=True)) if self.changes else self
 
 
 def load(
@@ -93,10 +110,10 @@ def load(
         )
     newest, meta = checkpoint.read_meta(path, step)
     sharding = make_sharding(parallel)
-    model = _model(path, meta, sharding)
+    model = model_of(meta, str(path), sharding)
     restored = checkpoint.load(path, model.abstract, step=step)
     if restored.step != newest:  # it was damaged; the one before may belong to another stage
-        model, meta = _model(path, restored.meta, sharding), restored.meta
+        model, meta = model_of(restored.meta, str(path), sharding), restored.meta
     params = _averaged(path, restored, model.abstract) if ema else restored.state
     tokenizer = Tokenizer.load(_beside(path) / "tokenizer")
     if tokenizer.hash != meta["tokenizer"]:
@@ -104,24 +121,31 @@ def load(
             f"the tokenizer in {_beside(path)} is not the one of the checkpoint (hash {tokenizer.hash[:12]}, the "
             f"checkpoint's {meta['tokenizer'][:12]}); put that one back"
         )
-    return Loaded(model, params, tokenizer, restored.step)
+    return Loaded(model, params, tokenizer, restored.step, meta.get("family"), changes_of(meta, str(path)))
 
 
 def _averaged(path, restored: checkpoint.Restored, abstract: Params) -> Params:
     """The averaged weights; those that were not trained have no average and are as they were."""
+    if "settings" not in restored.meta:
+        raise SettingsError(f"{path} holds a model and no run: it has no averaged weights (ema)")
     chosen, _ = tree.partition(abstract, tree.select(abstract, restored.meta["settings"]["train"]["trainable"]))
     averages = checkpoint.load(path, chosen, step=restored.step, part="extra/ema").state
     return tree.combine(averages, restored.state)
-
-
-def _model(path, meta: dict, sharding: Sharding) -> Model:
-    return build(settings_of.parse(ModelConfig, meta["model"], f"settings saved in {path}"), sharding)
 
 
 def _beside(path: str | Path) -> epath.Path:
     """The folder that holds the tokenizer of a checkpoint path: that of the steps, or the run folder around it."""
     folder, _ = checkpoint.locate(path)
     return folder if (folder / "tokenizer").is_dir() else folder.parent
+
+
+def save(loaded: Loaded, out: str | Path) -> None:
+    """Writes the model, whatever types its weights are of, into the new folder `out`, for `load` and every verb.
+
+    Raises SettingsError where `out` exists, ResourceError where it cannot be written.
+    """
+    meta = meta_of(loaded.model, loaded.changes, loaded.tokenizer, loaded.family)
+    save_model(out, loaded.params, loaded.tokenizer, meta, step=loaded.step)
 
 
 def export(loaded: Loaded, out: str | Path, *, to: str = "hf", dtype: str = "float32") -> str:

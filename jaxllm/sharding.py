@@ -71,9 +71,10 @@ class Sharding:
     @property
     def batch_size(self) -> int:
         """Number of ways in which the rows of a batch are split."""
-        return self._size(dict(self.rules)["batch"])
+        return self.ways(dict(self.rules)["batch"])
 
-    def _size(self, mesh_axes) -> int:
+    def ways(self, mesh_axes) -> int:
+        """Into how many parts these mesh axes split an array."""
         return math.prod(self.mesh.shape[axis] for axis in _tuple(mesh_axes))
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], path: str) -> PartitionSpec:
@@ -81,7 +82,7 @@ class Sharding:
         rules, out, owner = dict(self.rules), [], {}
         for axis, dim in zip(axes, shape, strict=True):
             mesh_axes = rules[axis] if axis else None
-            if dim % self._size(mesh_axes):
+            if dim % self.ways(mesh_axes):
                 raise SettingsError(self._does_not_divide(axis, dim, mesh_axes, path))
             for name in _tuple(mesh_axes):
                 if name in owner:
@@ -91,7 +92,7 @@ class Sharding:
         return PartitionSpec(*out)
 
     def _does_not_divide(self, axis, dim, mesh_axes, path) -> str:
-        size = self._size(mesh_axes)
+        size = self.ways(mesh_axes)
         names = "*".join(_tuple(mesh_axes))
         fits = ", ".join(str(n) for n in range(1, size) if dim % n == 0)
         hint = OPT_INS.get(axis, "").format(size=size)
@@ -109,7 +110,7 @@ class Sharding:
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Asks the compiler to lay out an activation by its logical axes; one that does not divide is left whole."""
         rules = dict(self.rules)
-        parts = [rules[a] if a and x.shape[i] % self._size(rules[a]) == 0 else None for i, a in enumerate(axes)]
+        parts = [rules[a] if a and x.shape[i] % self.ways(rules[a]) == 0 else None for i, a in enumerate(axes)]
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*parts)))
 
     def batch(self, batch: Any) -> Any:

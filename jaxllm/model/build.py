@@ -19,6 +19,7 @@ from jaxllm.model.moe import update_bias
 from jaxllm.model.spec import Kernels, LayerSpec, ModelConfig
 from jaxllm.model.transformer import Transformer
 from jaxllm.sharding import Sharding, make_sharding
+from jaxllm.weights.axes import Axes
 from jaxllm.weights.seam import einsum
 
 Params = dict[str, Any]
@@ -37,7 +38,9 @@ class Model:
     abstract: Params
     """Shapes, dtypes and shardings of the weights."""
     axes: dict[str, Any]
-    """Logical axes of each weight, same structure."""
+    """Logical axes of each array, same structure."""
+    weights: dict[str, tuple[Axes, tuple[int, ...]]]
+    """`{path: (logical axes, shape)}` of what the model multiplies with, whatever types `abstract` holds for it."""
     init: Callable[[jax.Array], Params]
     """`init(key)`: new weights, made where they will live."""
     graph: Any
@@ -118,12 +121,13 @@ def build(config: ModelConfig, sharding: Sharding | None = None, kernels: Kernel
     sharding = sharding or make_sharding()
     described = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
     graph, state = nnx.split(described)
-    axes, abstract = {}, {}
+    axes, abstract, weights = {}, {}, {}
     for path, variable in nnx.to_flat_state(state):
         keys, value = tuple(map(str, path)), variable.get_value()
         names = tuple(variable.get_metadata()["axes"])
         names = ("layers",) * (value.ndim - len(names)) + names
         where = sharding.weight(names, value.shape, "/".join(keys))
+        weights["/".join(keys)] = names, value.shape
         _put(axes, keys, names)
         _put(abstract, keys, jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where))
 
@@ -131,7 +135,7 @@ def build(config: ModelConfig, sharding: Sharding | None = None, kernels: Kernel
         return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(key))))
 
     init = jax.jit(init, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))
-    return Model(config, sharding, kernels or Kernels(), abstract, axes, init, graph)
+    return Model(config, sharding, kernels or Kernels(), abstract, axes, weights, init, graph)
 
 
 def _put(nested: dict, keys: tuple[str, ...], value) -> None:

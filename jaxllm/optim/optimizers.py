@@ -15,9 +15,9 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxllm import tree
 from jaxllm.errors import SettingsError
-from jaxllm.optim.axes import Axes, is_linear_map, is_matrix, sides
 from jaxllm.optim.config import HYPERPARAMETERS, OptimConfig
 from jaxllm.optim.schedules import make_schedule
+from jaxllm.weights.axes import Axes, is_linear_map, is_matrix, sides
 
 AxesByPath = dict[str, Axes]
 

@@ -8,7 +8,7 @@ import tiny
 from jaxllm import tree
 from jaxllm.errors import SettingsError
 from jaxllm.model.build import active_parameters, check_tokens
-from jaxllm.optim.axes import is_matrix
+from jaxllm.weights.axes import is_matrix
 
 LATENT = {"kv_heads": None, "latent": {"kv_rank": 12, "q_rank": 8, "rope_head": 4, "v_head": 5}, "sinks": True}
 BIASED = {"bias": True, "router_bias": True, "balance": "bias", "experts_per_token": 3, "shared_ffw": 16}

@@ -2,7 +2,7 @@ import pytest
 import tiny
 
 from jaxllm import tree
-from jaxllm.optim.axes import is_linear_map, is_matrix, sides
+from jaxllm.weights.axes import is_linear_map, is_matrix, sides
 
 EVERY_VECTOR = {
     "attn": {"qkv_bias": True, "out_bias": True, "sinks": True, "qk_norm": "all"},

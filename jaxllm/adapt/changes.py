@@ -1,0 +1,43 @@
+"""The list of changes that a model's weights have been through: what a checkpoint must know to describe its arrays."""
+
+from jaxllm.adapt.lora import LoraConfig, float_plan, lora_plan, merge_plan
+from jaxllm.adapt.quantize import QuantizeConfig, quantize_plan
+from jaxllm.config import settings
+from jaxllm.model.build import Model
+from jaxllm.model.change import Plan, changed
+
+
+@settings
+class Change:
+    """One of: weights quantised, adapters added, adapters merged, all made plain again."""
+
+    quantize: QuantizeConfig | None = None
+    """Weights stored in another number format."""
+    lora: LoraConfig | None = None
+    """Adapters over weights."""
+    merge: bool = False
+    """Adapters merged into what was under them; both together are plain float32 then."""
+    plain: bool = False
+    """All weights made plain float32 arrays."""
+
+    def __post_init__(self):
+        if sum(bool(x) for x in (self.quantize, self.lora, self.merge, self.plain)) != 1:
+            raise ValueError("a change is one of quantize, lora, merge and plain")
+
+    def plan(self, model: Model) -> Plan:
+        """What it does to each weight of `model`. Raises SettingsError where it does not fit the model."""
+        if self.quantize is not None:
+            return quantize_plan(model, self.quantize)
+        if self.lora is not None:
+            return lora_plan(model, self.lora)
+        return merge_plan(model) if self.merge else float_plan(model)
+
+
+Changes = tuple[Change, ...]
+
+
+def after(model: Model, changes: Changes) -> Model:
+    """The model once all changes are made, one after another."""
+    for one in changes:
+        model = changed(model, one.plan(model))
+    return model

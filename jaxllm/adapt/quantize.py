@@ -1,0 +1,128 @@
+"""Settings of quantisation, and the plan that rounds a model's weights to nearest."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxllm.config import settings
+from jaxllm.errors import SettingsError
+from jaxllm.model.build import Model
+from jaxllm.model.change import Plan, choose
+from jaxllm.weights.form import Form
+from jaxllm.weights.formats import get_format
+from jaxllm.weights.quantized import quantize
+
+#: What is quantised where nothing else is said: the matrices of the layers, but for the router, which is small and
+#: decides.
+LAYERS = "prefix/**,layers/**,suffix/**"
+TABLES = "embed,head"
+
+
+@settings
+class QuantizeRule:
+    """A number format for the weights that a pattern chooses."""
+
+    pattern: str = LAYERS
+    """Paths of the weights; vectors (norms, biases) and routers stay as they are."""
+    format: str
+    """int8, int4, nf4, int2, fp8, float (left as it is), or package.module:NAME."""
+    group: int | None = None
+    """Inputs that share a scale; null takes the format's own (64 for int4 and nf4, 32 for int2, all for int8 and fp8)."""
+    double: bool = False
+    """Scales in 8 bits, too."""
+    symmetric: bool = True
+    """Whether 0 is the code 0; false gives each group a zero of its own (int8 and int4 alone)."""
+    ordered: bool = False
+    """Whether columns may be stored in another order: what GPTQ with act_order does, and rounding cannot."""
+
+    def __post_init__(self):
+        if not self.symmetric and (self.double or self.format not in ("int8", "int4")):
+            raise ValueError(
+                f"format={self.format}, double={self.double}: symmetric=false is for int8 and int4, without double"
+            )
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group={self.group} must be at least 1")
+        if self.format != "float":
+            get_format(self.format)
+        if self.format == "float" and (self.group or self.double):
+            raise ValueError("format=float leaves weights as they are, and would ignore group and double")
+
+
+@settings
+class QuantizeConfig:
+    """How the weights of a model are stored, and how products with them are taken."""
+
+    rules: tuple[QuantizeRule, ...]
+    """The first rule whose pattern chooses a weight decides; weights that none chooses stay as they are."""
+    activations: str | None = None
+    """int8 quantises activations row by row and takes integer products (w8a8); null computes with floats."""
+
+    def __post_init__(self):
+        if not self.rules:
+            raise ValueError("rules is empty: nothing would be quantised")
+        if self.activations not in (None, "int8"):
+            raise ValueError(f"activations={self.activations!r}: int8 or null")
+        for rule in self.rules:
+            integer = rule.format == "float" or get_format(rule.format).integer
+            if self.activations and not (integer and rule.symmetric):
+                raise ValueError(f"activations=int8 needs symmetric integers, not {rule.format}; use int8 or int4")
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundToNearest:
+    """The step of a plan: one weight, rounded to nearest."""
+
+    form: Form
+    format: str
+    group: int | None
+    double: bool
+    symmetric: bool
+    ordered: bool
+    activations: str | None
+
+    def __call__(self, weight, key):
+        options = dict(group=self.group, double=self.double, symmetric=self.symmetric, activations=self.activations)
+        rounded = quantize(weight, self.form, self.format, **options)
+        if not self.ordered:
+            return rounded
+        order = jnp.broadcast_to(jnp.arange(self.form.inputs), (*self.form.experts, self.form.inputs))
+        return dataclasses.replace(rounded, order=order)
+
+
+def quantize_plan(model: Model, config: QuantizeConfig) -> Plan:
+    """The plan that rounds to nearest. Raises SettingsError for a pattern that chooses nothing, or a group that does
+    not divide."""
+    rules = rules_by_path(model, config)
+
+    def plan(path: str, form: Form):
+        if (rule := rules.get(path)) is None:
+            return None
+        group = check_group(path, form, rule)
+        how = (rule.double, rule.symmetric, rule.ordered, config.activations)
+        return RoundToNearest(form, rule.format, group, *how)
+
+    return plan
+
+
+def rules_by_path(model: Model, config: QuantizeConfig) -> dict[str, QuantizeRule]:
+    """The rule of each weight that is to be quantised."""
+    found: dict[str, QuantizeRule | None] = {}
+    for rule in config.rules:
+        for path in choose(model, rule.pattern, "quantize"):
+            if not path.endswith("router"):
+                found.setdefault(path, None if rule.format == "float" else rule)
+    return {path: rule for path, rule in found.items() if rule is not None}
+
+
+def check_group(path: str, form: Form, rule: QuantizeRule) -> int:
+    """Inputs that share a scale. Raises SettingsError for a group that does not divide, with those that do."""
+    kind = get_format(rule.format)
+    group = rule.group or kind.group or form.inputs
+    if form.inputs % group or group % kind.per_byte:
+        fits = [n for n in (16, 32, 64, 128, 256) if form.inputs % n == 0] or [
+            n for n in range(kind.per_byte, form.inputs + 1, kind.per_byte) if form.inputs % n == 0
+        ][:8]
+        raise SettingsError(
+            f"{path}: group={group} does not divide its {form.inputs} inputs; groups that do: {', '.join(map(str, fits))}"
+        )
+    return group

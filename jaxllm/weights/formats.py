@@ -1,0 +1,114 @@
+"""Number formats of quantised weights: codes of a few bits, and the values they stand for.
+
+A format maps values of a group, divided by the group's scale, to codes and back. `FORMATS` is the table of them; a new
+one is one entry, or `package.module:NAME` for one outside of the package.
+
+Shapes: any; P bytes of the last axis once packed.
+"""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.errors import SettingsError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A number format whose codes stand for `levels`, or for themselves (integers and fp8)."""
+
+    name: str
+    bits: int
+    largest: float
+    """The magnitude that the largest weight of a group is scaled to."""
+    levels: tuple[float, ...] | None = None
+    """The value of each code, ascending; None for integers and floats."""
+    group: int | None = None
+    """Inputs that share a scale where none is given; None for all inputs of an output."""
+
+    @property
+    def integer(self) -> bool:
+        """Whether a code is the value itself, so that integer products can be taken."""
+        return self.levels is None and self.bits <= 8 and self.name != "fp8"
+
+    @property
+    def per_byte(self) -> int:
+        return 8 // self.bits
+
+    def encode(self, values: jax.Array) -> jax.Array:
+        """The nearest code of each value (already divided by its scale), not packed."""
+        if self.name == "fp8":
+            return jnp.clip(values, -self.largest, self.largest).astype(jnp.float8_e4m3fn)
+        if self.levels is None:
+            low = -self.largest if self.bits == 8 else -self.largest - 1
+            return jnp.clip(jnp.round(values), low, self.largest).astype(jnp.int8)
+        middles = (np.array(self.levels[1:]) + np.array(self.levels[:-1])) / 2
+        return jnp.searchsorted(jnp.asarray(middles, values.dtype), values, side="right").astype(jnp.int8)
+
+    def decode(self, codes: jax.Array, dtype) -> jax.Array:
+        """The values of codes that are not packed, in units of the scale."""
+        if self.levels is None:
+            return codes.astype(dtype)
+        return jnp.asarray(self.levels, dtype)[codes]
+
+    def pack(self, codes: jax.Array) -> jax.Array:
+        """Codes of 4 or 2 bits, two or four to a byte along the last axis, the first one in the lowest bits."""
+        if self.per_byte == 1:
+            return codes
+        shape = (*codes.shape[:-1], codes.shape[-1] // self.per_byte, self.per_byte)
+        bits = codes.astype(jnp.uint8).reshape(shape) & (2**self.bits - 1)
+        shifts = jnp.arange(self.per_byte, dtype=jnp.uint8) * self.bits
+        return jnp.sum(bits << shifts, axis=-1, dtype=jnp.uint8)
+
+    def unpack(self, packed: jax.Array) -> jax.Array:
+        """The codes that `pack` packed."""
+        if self.per_byte == 1:
+            return packed
+        shifts = jnp.arange(self.per_byte, dtype=jnp.uint8) * self.bits
+        codes = (packed[..., None] >> shifts) & (2**self.bits - 1)
+        codes = codes.reshape(*packed.shape[:-1], -1).astype(jnp.int8)
+        return codes if self.levels is not None else jnp.where(codes > self.largest, codes - 2**self.bits, codes)
+
+
+def _normal_float(bits: int) -> tuple[float, ...]:
+    """The levels of normal float: quantiles of N(0, 1) scaled to [-1, 1], with an exact zero.
+
+    Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E: half of the levels below zero, and one more than
+    half from zero up.
+    """
+    from statistics import NormalDist
+
+    offset = 0.9677083  # (1 - 1/32 + 1 - 1/30) / 2: the outermost quantile, appendix E
+    half = 2 ** (bits - 1)
+    up = [NormalDist().inv_cdf(float(p)) for p in np.linspace(offset, 0.5, half + 1)[:-1]]
+    down = [-NormalDist().inv_cdf(float(p)) for p in np.linspace(offset, 0.5, half)[:-1]]
+    levels = sorted([*up, *down, 0.0])
+    return tuple(level / max(levels) for level in levels)
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("int8", 8, 127.0),
+        Format("int4", 4, 7.0, group=64),
+        Format("nf4", 4, 1.0, _normal_float(4), group=64),
+        Format("int2", 2, 1.5, (-1.5, -0.5, 0.5, 1.5), group=32),
+        Format("fp8", 8, 448.0),
+    )
+}
+
+
+def get_format(name: str) -> Format:
+    """The format of this name. Raises SettingsError with the nearest one."""
+    if name in FORMATS:
+        return FORMATS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise SettingsError(f"unknown format {name!r}{nearest(name, FORMATS)}; known are {', '.join(FORMATS)}")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"format {name!r}: {error}; write it as package.module:NAME") from None
