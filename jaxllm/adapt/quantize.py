@@ -27,7 +27,7 @@ class QuantizeRule:
     format: str
     """int8, int4, nf4, int2, fp8, float (left as it is), or package.module:NAME."""
     group: int | None = None
-    """Inputs that share a scale; null takes the format's own (64 for int4 and nf4, 32 for int2, all for int8 and fp8)."""
+    """Inputs that share a scale; null takes the format's own: 64 for int4 and nf4, 32 for int2, all for int8, fp8."""
     double: bool = False
     """Scales in 8 bits, too."""
     symmetric: bool = True
@@ -123,6 +123,7 @@ def check_group(path: str, form: Form, rule: QuantizeRule) -> int:
             n for n in range(kind.per_byte, form.inputs + 1, kind.per_byte) if form.inputs % n == 0
         ][:8]
         raise SettingsError(
-            f"{path}: group={group} does not divide its {form.inputs} inputs; groups that do: {', '.join(map(str, fits))}"
+            f"{path}: group={group} does not divide its {form.inputs} inputs; "
+            f"groups that do: {', '.join(map(str, fits))}"
         )
     return group

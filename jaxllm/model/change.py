@@ -65,7 +65,7 @@ def change(model: Model, plan: Plan, params: Params, key: jax.Array | None = Non
 
 
 def choose(model: Model, pattern: str, what: str) -> list[str]:
-    """Paths of the matrices that a pattern chooses. Raises SettingsError with the nearest ones where it chooses none."""
+    """Paths of the matrices that a pattern chooses. Raises SettingsError with the nearest ones where there is none."""
     known = [path for path, form in forms(model).items() if form is not None]
     if not (chosen := [path for path in known if tree.matches(pattern, path)]):
         raise SettingsError(f"{what}: no matrix matches {pattern!r}{nearest(pattern, known)}")

@@ -1,4 +1,4 @@
-"""`bind`: what adapters need for one call (the key of their dropout, the adapter of each row), put into their leaves."""
+"""`bind`: what adapters need for one call, put into their leaves: the key of their dropout, the adapter of each row."""
 
 import dataclasses
 

@@ -118,9 +118,8 @@ class Lora:
         a_IR, b_RO = (part.astype(x.dtype) for part in (self.lora_a, self.lora_b))
         if not self.several:
             e = "e" if self.form.experts else ""
-            return self.scale * jnp.einsum(
-                f"{e}...r,{e}ro->{e}...o", jnp.einsum(f"{e}...i,{e}ir->{e}...r", x, a_IR), b_RO
-            )
+            h = jnp.einsum(f"{e}...i,{e}ir->{e}...r", x, a_IR)
+            return self.scale * jnp.einsum(f"{e}...r,{e}ro->{e}...o", h, b_RO)
         chosen = jnp.maximum(self.rows_B, 0)
         h = jnp.einsum("b...r,bro->b...o", jnp.einsum("b...i,bir->b...r", x, a_IR[chosen]), b_RO[chosen])
         has_B = (self.rows_B >= 0).reshape(-1, *[1] * (h.ndim - 1))

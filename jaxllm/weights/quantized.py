@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.kernels.experts import grouped_matmul
-from jaxllm.kernels.quantized import int8_matmul, quantize_rows
+from jaxllm.kernels.quantized import int8_matmul
 from jaxllm.weights.axes import Axes
 from jaxllm.weights.form import Form, matrix_axes
 from jaxllm.weights.formats import Format, get_format
@@ -226,6 +226,3 @@ def _integer_blocks(x_MD, w: Quantized, sizes_E, block: int):
     expert_C = jnp.minimum(jnp.searchsorted(ends_E, starts_C, side="right"), sizes_E.shape[0] - 1)
     chosen = jax.tree.map(lambda leaf: leaf[expert_C], dataclasses.replace(w, scale=w.scales()))
     return chosen.product(x_MD.reshape(-1, block, x_MD.shape[-1])).reshape(x_MD.shape[0], -1)
-
-
-__all__ = ["Quantized", "Scales", "encode", "quantize", "quantize_rows"]
