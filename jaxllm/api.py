@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 
 from jaxllm import checkpoint, tree
-from jaxllm.adapt.changes import Change, Changes
-from jaxllm.checkpoint.models import changes_of, meta_of, model_of, save_model
+from jaxllm.adapt.changes import Change, Changes, trainable
+from jaxllm.checkpoint.models import changes_of, meta_of, model_of, save_model, tokenizer_folder
 from jaxllm.data.config import DataConfig
 from jaxllm.data.prepare import prepare_source
 from jaxllm.data.sources import Source
@@ -115,10 +114,10 @@ def load(
     if restored.step != newest:  # it was damaged; the one before may belong to another stage
         model, meta = model_of(restored.meta, str(path), sharding), restored.meta
     params = _averaged(path, restored, model.abstract) if ema else restored.state
-    tokenizer = Tokenizer.load(_beside(path) / "tokenizer")
+    tokenizer = Tokenizer.load(beside := tokenizer_folder(path))
     if tokenizer.hash != meta["tokenizer"]:
         raise CheckpointError(
-            f"the tokenizer in {_beside(path)} is not the one of the checkpoint (hash {tokenizer.hash[:12]}, the "
+            f"the tokenizer in {beside} is not the one of the checkpoint (hash {tokenizer.hash[:12]}, the "
             f"checkpoint's {meta['tokenizer'][:12]}); put that one back"
         )
     return Loaded(model, params, tokenizer, restored.step, meta.get("family"), changes_of(meta, str(path)))
@@ -128,15 +127,10 @@ def _averaged(path, restored: checkpoint.Restored, abstract: Params) -> Params:
     """The averaged weights; those that were not trained have no average and are as they were."""
     if "settings" not in restored.meta:
         raise SettingsError(f"{path} holds a model and no run: it has no averaged weights (ema)")
-    chosen, _ = tree.partition(abstract, tree.select(abstract, restored.meta["settings"]["train"]["trainable"]))
+    pattern = trainable(restored.meta["settings"]["train"]["trainable"], changes_of(restored.meta, str(path)))
+    chosen, _ = tree.partition(abstract, tree.select(abstract, pattern))
     averages = checkpoint.load(path, chosen, step=restored.step, part="extra/ema").state
     return tree.combine(averages, restored.state)
-
-
-def _beside(path: str | Path) -> epath.Path:
-    """The folder that holds the tokenizer of a checkpoint path: that of the steps, or the run folder around it."""
-    folder, _ = checkpoint.locate(path)
-    return folder if (folder / "tokenizer").is_dir() else folder.parent
 
 
 def save(loaded: Loaded, out: str | Path) -> None:

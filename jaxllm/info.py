@@ -9,7 +9,7 @@ import humanize
 import jax
 
 from jaxllm import checkpoint, tree
-from jaxllm import config as settings_of
+from jaxllm.checkpoint.models import config_of, tokenizer_folder
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DataError
 from jaxllm.hf.open import open_published
@@ -33,11 +33,9 @@ def info(path: str | Path, *, ignore_keys: tuple[str, ...] = ()) -> dict[str, An
         tokenizer = _tokenizer(published.tokenizer)
     else:
         step, meta = checkpoint.read_meta(path)
-        config = settings_of.parse(ModelConfig, meta["model"], f"settings saved in {path}")
-        folder, _ = checkpoint.locate(path)
-        folder = folder if (folder / "tokenizer").is_dir() else folder.parent
+        config = config_of(meta, str(path))
         found |= {"family": "trained here", "steps": step}
-        tokenizer = _tokenizer(lambda: Tokenizer.load(folder / "tokenizer"))
+        tokenizer = _tokenizer(lambda: Tokenizer.load(tokenizer_folder(path)))
     return found | describe(config) | {"tokenizer": tokenizer, "name says": name_says(Path(path).name)}
 
 

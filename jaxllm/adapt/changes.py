@@ -1,6 +1,6 @@
 """The list of changes that a model's weights have been through: what a checkpoint must know to describe its arrays."""
 
-from jaxllm.adapt.lora import LoraConfig, float_plan, lora_plan, merge_plan
+from jaxllm.adapt.lora import TRAINABLE, LoraConfig, float_plan, lora_plan, merge_plan
 from jaxllm.adapt.quantize import QuantizeConfig, quantize_plan
 from jaxllm.config import settings
 from jaxllm.model.build import Model
@@ -34,6 +34,16 @@ class Change:
 
 
 Changes = tuple[Change, ...]
+
+
+def trainable(pattern: str | None, changes: Changes) -> str:
+    """The pattern of what trains: as it was given, or all weights, or the adapters where there are any."""
+    if pattern is not None:
+        return pattern
+    adapted = False
+    for one in changes:
+        adapted = one.lora is not None or (adapted and one.quantize is not None)
+    return TRAINABLE if adapted else "**"
 
 
 def after(model: Model, changes: Changes) -> Model:

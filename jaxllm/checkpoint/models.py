@@ -4,8 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from jaxllm import config as settings_of
 from jaxllm.adapt.changes import Change, Changes, after
+from jaxllm.checkpoint.reader import locate
 from jaxllm.checkpoint.store import CheckpointConfig, Checkpoints
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import ResourceError, SettingsError
@@ -22,6 +25,12 @@ def config_of(meta: dict[str, Any], where: str) -> ModelConfig:
 def changes_of(meta: dict[str, Any], where: str) -> Changes:
     """What its weights have been through; checkpoints of older versions do not say, and held plain arrays."""
     return tuple(settings_of.parse(Change, raw, f"changes saved in {where}") for raw in meta.get("changes", ()))
+
+
+def tokenizer_folder(path: str | Path) -> epath.Path:
+    """The folder of the tokenizer of a checkpoint: beside its steps, or in the run folder around them."""
+    folder, _ = locate(path)
+    return (folder if (folder / "tokenizer").is_dir() else folder.parent) / "tokenizer"
 
 
 def model_of(meta: dict[str, Any], where: str, sharding: Sharding, kernels: Kernels | None = None) -> Model:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxllm.data.batch import TokenBatch
 from jaxllm.model.build import Model, Params
+from jaxllm.weights.bind import bind
 
 #: Most logits that a CPU device holds at once: 8 MiB of float32, with which a step of a small model is 5 % faster than
 #: with 16. An accelerator holds 64 times as many (512 MiB): small products would leave it idle.
@@ -28,6 +29,7 @@ def lm(model: Model, params: Params, batch: TokenBatch, key=None, *, z_loss: flo
 
     z_loss weighs the square of the log of the softmax's sum (PaLM, arXiv 2204.02311, section 5).
     """
+    params = bind(params, key=key)
     hidden_BTD, _, aux = model.apply(
         params, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, key=key
     )

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm import config as settings_of
+from jaxllm.adapt.changes import Change, Changes
+from jaxllm.adapt.lora import LoraConfig
+from jaxllm.adapt.quantize import QuantizeConfig
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import settings
 from jaxllm.data.config import DataConfig
@@ -71,8 +74,8 @@ class TrainConfig:
     """Weight of the squared log of the softmax's sum (PaLM used 1e-4)."""
     ema: float | None = None
     """Decay of an average of the weights, kept beside them; null for none."""
-    trainable: str = "**"
-    """Pattern over the paths of the weights that train."""
+    trainable: str | None = None
+    """Pattern over the paths of the weights that train; null for all, or the adapters where there are any."""
     init: str | None = None
     """Checkpoint, Hugging Face folder or .gguf file whose weights the run starts from; null for new weights. A
     published model brings its model settings and its tokenizer, where none are given."""
@@ -174,8 +177,22 @@ class RunConfig:
     """How the numbers are computed."""
     log: LogConfig = LogConfig()
     """Where metrics go."""
+    quantize: QuantizeConfig | None = None
+    """Stores the weights of train.init in another number format, under adapters (QLoRA); null leaves them."""
+    lora: LoraConfig | None = None
+    """Trains low-rank adapters over the weights of train.init, which stay as they are; null trains the weights."""
+
+    @property
+    def changes(self) -> Changes:
+        """What becomes of the weights before the first step."""
+        quantize = (Change(quantize=self.quantize),) if self.quantize else ()
+        return quantize + ((Change(lora=self.lora),) if self.lora else ())
 
     def __post_init__(self):
+        if self.changes and self.train.init is None:
+            raise ValueError("quantize and lora are for the weights of a trained model; set train.init")
+        if self.quantize is not None and self.lora is None:
+            raise ValueError("quantised weights cannot be trained; set lora too, or use jaxllm quantize")
         if self.out is not None and "://" in self.out:
             raise ValueError(
                 f"out={self.out}: the run folder must be a local one, since lines are appended to its metrics; "

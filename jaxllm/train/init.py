@@ -1,44 +1,105 @@
-"""`train.init`: the weights of another run, or of a published model, as those that a run starts from."""
+"""What a run starts from: new weights, or those of `train.init`, quantised and adapted as the settings say."""
 
 import dataclasses
+from typing import NamedTuple
+
+import jax
 
 from jaxllm import config as settings_of
+from jaxllm import tree
+from jaxllm.adapt.changes import Changes, after
 from jaxllm.checkpoint import load, read_meta
+from jaxllm.checkpoint.models import changes_of, config_of, tokenizer_folder
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.errors import CheckpointError
+from jaxllm.errors import CheckpointError, SettingsError
 from jaxllm.families.export import essence
 from jaxllm.hf.open import open_published
 from jaxllm.hf.weights import read
 from jaxllm.model.build import Model, Params
+from jaxllm.model.change import change, changed
 from jaxllm.model.spec import LayerSpec, ModelConfig, RopeSpec
+from jaxllm.weights.quantized import Quantized
 
 
-def first_weights(init: str, model: Model, tokenizer: Tokenizer) -> Params:
-    """The weights of the checkpoint or published model `init`, on the mesh of `model`.
+class Origin(NamedTuple):
+    """Where the weights of a run come from, and what they have been through by the time it begins."""
+
+    init: str | None
+    """The checkpoint or published model, or None for new weights."""
+    family: str | None
+    """Of a published model, so that what comes of it can be published again."""
+    before: Changes
+    """What they had been through there."""
+    here: Changes
+    """What this run makes of them before its first step."""
+
+    @property
+    def changes(self) -> Changes:
+        return (*self.before, *self.here)
+
+
+def origin_of(init: str | None, here: Changes) -> Origin:
+    """What `init` says of itself; no weight is read. Raises CheckpointError where it is not there."""
+    if init is None:
+        return Origin(None, None, (), here)
+    if (published := open_published(init)) is not None:
+        return Origin(init, published.family.name, (), here)
+    meta = read_meta(init)[1]
+    return Origin(init, meta.get("family"), changes_of(meta, init), here)
+
+
+def first_weights(origin: Origin, plain: Model, tokenizer: Tokenizer, key: jax.Array) -> Params:
+    """The weights of a run's first step, on the mesh of `plain`, its model before any change.
 
     Raises CheckpointError when they were trained with another tokenizer or in another model. What may differ: the
     context and how RoPE stretches to it, dropout, dtype and rematerialisation.
     """
+    model = after(plain, origin.before)
+    params = plain.init(key) if origin.init is None else _read(origin.init, model, tokenizer)
+    for one in origin.here:
+        plan = one.plan(model)
+        params, model = change(model, plan, params, key, free=True), changed(model, plan)
+    return params
+
+
+def _read(init: str, model: Model, tokenizer: Tokenizer) -> Params:
     if (published := open_published(init)) is not None:
         _check(init, published.tokenizer().hash, tokenizer, published.config, model.config)
         return read(model, published.family, published.tensors())
-    _, meta = read_meta(init)
-    theirs = settings_of.parse(ModelConfig, meta["model"], f"settings saved in {init}")
-    _check(init, meta["tokenizer"], tokenizer, theirs, model.config)
+    meta = read_meta(init)[1]
+    _check(init, meta["tokenizer"], tokenizer, config_of(meta, init), model.config)
     return load(init, model.abstract).state
 
 
+def check_trainable(model: Model, pattern: str) -> None:
+    """Raises SettingsError where the pattern chooses codes of quantised weights: no gradient reaches them."""
+    quantised = [path for path, w in tree.flatten(model.abstract, _is_quantised).items() if _is_quantised(w)]
+    if chosen := [path for path in quantised if tree.matches(pattern, f"{path}/codes")]:
+        raise SettingsError(
+            f"{chosen[0]} is quantised and cannot be trained as it is; train adapters over it (lora: {{rank: 16}}), "
+            "or choose other weights with train.trainable"
+        )
+
+
+def _is_quantised(x) -> bool:
+    return isinstance(x, Quantized)
+
+
 def take_over(raw: dict) -> dict:
-    """Settings of a run whose `train.init` is a published model: its model and tokenizer, where none are given."""
+    """Settings of a run with a `train.init`: its model and tokenizer, where none are given."""
     init = (raw.get("train") or {}).get("init")
-    published = open_published(init) if isinstance(init, str) else None
-    if published is None:
+    if not isinstance(init, str):
         return raw
     model, data = raw.get("model") or {}, raw.get("data") or {}
-    return raw | {
-        "model": settings_of.to_dict(published.config) | model,
-        "data": {"tokenizer": init} | data,
-    }
+    if (published := open_published(init)) is not None:
+        theirs = published.config
+    elif model and ("tokenizer" in data or "vocab" in data):
+        return raw
+    else:
+        theirs = config_of(read_meta(init)[1], init)
+    folder = init if published is not None else str(tokenizer_folder(init))
+    own = {} if "vocab" in data else {"tokenizer": folder}
+    return raw | {"model": settings_of.to_dict(theirs) | model, "data": own | data}
 
 
 def _check(init: str, their_tokenizer: str, tokenizer: Tokenizer, theirs: ModelConfig, ours: ModelConfig) -> None:

@@ -10,7 +10,11 @@ from typing import Any
 import jax
 
 from jaxllm import config as settings_of
+from jaxllm import tree
+from jaxllm.adapt.changes import after, trainable
 from jaxllm.checkpoint import Checkpoints, Preemption, Restored
+from jaxllm.checkpoint.models import changes_of, meta_of
+from jaxllm.checkpoint.reader import peek, steps_in
 from jaxllm.checkpoint.together import check_same, first_says
 from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import prepare
@@ -26,7 +30,7 @@ from jaxllm.train.config import RunConfig, Stage, shared
 from jaxllm.train.evaluate import Evaluator, loss_of
 from jaxllm.train.finish import Result, finish
 from jaxllm.train.folder import RunFolder
-from jaxllm.train.init import first_weights
+from jaxllm.train.init import Origin, check_trainable, first_weights, origin_of
 from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.progress import Show
 from jaxllm.train.recorder import Recorder, TrainingStopped
@@ -64,17 +68,20 @@ class Trainer:
             check_batch(stage, config.train.accumulate, self.sharding)
             rows = stage.batch // config.train.accumulate // self.sharding.batch_size
             memory.check_rows(config.model, rows * stage.seq_len // self.sharding.mesh.shape["context"])
+        self.origin = self.find_origin()
         self.model = self.model_of(self.stages[0])
+        self.trainable = trainable(config.train.trainable, self.origin.changes)
+        check_trainable(self.model, self.trainable)
         self.tx = make_optimizer(config.optim, config.train.total_steps, self.model.axes)
-        self.options = dict(trainable=config.train.trainable, ema=config.train.ema is not None)
+        self.options = dict(trainable=self.trainable, ema=config.train.ema is not None)
         self.abstract = abstract_state(self.model, self.tx, **self.options)
-        memory.check_state(self.abstract, config.train.trainable)
+        memory.check_state(self.abstract, self.trainable)
         self.tokenizer = folder.open_tokenizer(show.say)
         self.stores = prepare(config.data, self.tokenizer, say=show.say)
         self.fingerprint = digest(sorted((name, store.fingerprint) for name, store in self.stores.items()))
         check_same({"tokenizer": self.tokenizer.hash, "text": self.fingerprint})
         self.streams = make_streams(config.data, self.stages, self.stores)
-        self.total, self.active = active_parameters(config.model, self.model.abstract)
+        self.total, self.active = active_parameters(config.model, self.plain_model(self.stages[0]).abstract)
         peak = peak_flops(jax.devices()[0].device_kind)
         schedule = make_schedule(config.optim, config.train.total_steps)
         self.recorder = Recorder(config, schedule, show, peak and peak * self.sharding.mesh.size)
@@ -95,6 +102,13 @@ class Trainer:
             raise TrainingStopped(self.recorder.problem)
         return result
 
+    def find_origin(self) -> Origin:
+        """Where the weights come from; a run that has begun knows it from its own checkpoints."""
+        if self.folder.resumed and steps_in(self.folder.checkpoints):
+            meta = first_says(lambda: peek(self.folder.checkpoints))
+            return Origin(None, meta.get("family"), changes_of(meta, str(self.folder.path)), ())
+        return origin_of(self.config.train.init, self.config.changes)
+
     def start(self) -> TrainState:
         """The saved state, or a new one; nothing is written yet."""
         restored = self.checkpoints.restore(self.abstract) if self.folder.resumed else None
@@ -104,8 +118,9 @@ class Trainer:
             first_says(self.folder.refuse_to_start_over)
             self.show.say(f"{self.folder.path} has no checkpoint yet: starting at step 0")
         self.checkpoints.check_space(self.abstract)
-        key, init = jax.random.key(self.config.train.seed), self.config.train.init
-        params = None if init is None else first_weights(init, self.model, self.tokenizer)
+        key, params = jax.random.key(self.config.train.seed), None
+        if self.config.train.init is not None:
+            params = first_weights(self.origin, self.plain_model(self.stages[0]), self.tokenizer, key)
         return make_state(self.model, self.tx, key, params=params, **self.options)
 
     def go_on(self, restored: Restored) -> TrainState:
@@ -166,7 +181,7 @@ class Trainer:
             self.model,
             lambda *args: lm(*args, z_loss=self.config.train.z_loss),
             self.tx,
-            trainable=self.config.train.trainable,
+            trainable=self.trainable,
             accumulate=self.config.train.accumulate,
             ema=self.config.train.ema,
             abstract=self.abstract,
@@ -213,8 +228,12 @@ class Trainer:
             self.recorder.heldout(step, self.tokens_at(step), evaluator(state.params))
         self.checkpoints.amend(step, self.meta(step), loss=loss_of(found))
 
-    def model_of(self, stage: Stage) -> Model:
+    def plain_model(self, stage: Stage) -> Model:
+        """The model of a stage with arrays for all weights."""
         return build(stage.model(self.config.model), self.sharding, self.config.kernels)
+
+    def model_of(self, stage: Stage) -> Model:
+        return after(self.plain_model(stage), self.origin.changes)
 
     def loader(self, index: int, done: int) -> Loader:
         """The rows of a stage from the exact one where it was left after `done` of its steps."""
@@ -236,9 +255,8 @@ class Trainer:
         stage = next(i for i in range(len(self.stages)) if step <= self.first_step(i) + self.stages[i].steps)
         return {
             "settings": settings_of.to_dict(self.config),
-            "model": settings_of.to_dict(self.model.config),
+            **meta_of(self.model, self.origin.changes, self.tokenizer, self.origin.family),
             "position": {"stage": stage, "row": (step - self.first_step(stage)) * self.stages[stage].batch},
-            "tokenizer": self.tokenizer.hash,
             "data": self.fingerprint,
             "best": self.recorder.best,
             "since_best": self.recorder.since_best,
@@ -281,8 +299,11 @@ class Trainer:
         mesh = " x ".join(f"{axis} {n}" for axis, n in self.sharding.mesh.shape.items() if n > 1) or "1 device"
         new = renewed(self.streams, index)
         split = f" in {self.config.train.accumulate} microbatches" if self.config.train.accumulate > 1 else ""
+        chosen, _ = tree.partition(self.model.abstract, tree.select(self.model.abstract, self.trainable))
+        part = f", {tree.count(chosen):,} trained" if self.origin.changes else ""
         return (
-            f"{self.total:,} parameters ({self.active:,} in matrix products), {jax.devices()[0].device_kind}, {mesh}\n"
+            f"{self.total:,} parameters ({self.active:,} in matrix products{part}), {jax.devices()[0].device_kind}, "
+            f"{mesh}\n"
             f"{stage.name}: {stage.steps} steps of {stage.batch} rows x {stage.seq_len} = "
             f"{stage.batch * stage.seq_len:,} tokens{split}"
             + f"; rows of another length, so from a new epoch of {', '.join(new)}" * bool(new)

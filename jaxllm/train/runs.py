@@ -50,10 +50,9 @@ def read_run(folder: Path) -> Run:
     """
     names = [name for name in ("settings.yaml", "metrics.jsonl", "summary.json") if (folder / name).is_file()]
     if not names:
-        problem = (
-            "holds no run (no settings.yaml, metrics.jsonl or summary.json)" if folder.is_dir() else "no such folder"
-        )
-        raise DataError(f"{folder}: {problem}")
+        problem = "holds no run (no settings.yaml, metrics.jsonl or summary.json)"
+        problem = problem if folder.is_dir() else "no such folder"
+        raise DataError(f"{folder}: {problem}; give a run folder (`jaxllm runs list` shows those in runs)")
     notes: list[str] = []
     settings = _try(notes, folder, config.read_yaml, folder / "settings.yaml")
     summary = {}
@@ -72,7 +71,7 @@ def list_runs(root: Path) -> str:
     Raises DataError when `root` is not there.
     """
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
+        raise DataError(f"{root}: no such folder; give the folder that runs were written to (out=FOLDER/NAME)")
     runs = []
     for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
         try:
@@ -94,7 +93,9 @@ def compare_runs(*folders: Path) -> str:
     Raises DataError for fewer than two folders, or one that holds no run.
     """
     if len(folders) < 2:
-        raise DataError(f"comparing takes two run folders or more, not {len(folders)}")
+        raise DataError(
+            f"comparing takes two run folders or more, not {len(folders)}; `jaxllm runs list` shows those in runs"
+        )
     runs = [read_run(Path(folder)) for folder in folders]
     readable = [run for run in runs if run.settings]
     keys = {key: None for run in readable[1:] for key in config.diff(readable[0].settings, run.settings)}

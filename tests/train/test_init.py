@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import small
@@ -16,7 +17,7 @@ from jaxllm.hf.folder import open_folder
 from jaxllm.model.build import build
 from jaxllm.parity.tensors import random_model
 from jaxllm.train.config import load_run
-from jaxllm.train.init import first_weights
+from jaxllm.train.init import first_weights, origin_of
 
 
 @pytest.fixture
@@ -43,14 +44,15 @@ def test_settings_and_weights_are_taken_over(corpus, tmp_path, published):
     assert config.data.tokenizer == str(published)
     tokenizer = Tokenizer.load(published)
     assert tiny.bit_equal(
-        first_weights(str(published), build(config.model), tokenizer), open_folder(published).load()[1]
+        first_weights(origin_of(str(published), ()), build(config.model), tokenizer, jax.random.key(0)),
+        open_folder(published).load()[1],
     )
     other = build(dataclasses.replace(config.model, norm_eps=1e-3))
     with pytest.raises(CheckpointError, match="holds the weights of another model: norm_eps: 0.02 there, 0.001 here"):
-        first_weights(str(published), other, tokenizer)
+        first_weights(origin_of(str(published), ()), other, tokenizer, jax.random.key(0))
     another = Tokenizer.train(["some other text, a little longer than nothing at all"] * 9, 290)
     with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
-        first_weights(str(published), build(config.model), another)
+        first_weights(origin_of(str(published), ()), build(config.model), another, jax.random.key(0))
 
 
 def test_a_published_model_is_fine_tuned_and_written_back(corpus, tmp_path, published):

@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
-import threading
 
 import jax
 import numpy as np
@@ -14,7 +11,7 @@ import pytest
 import small
 
 from jaxllm import api, checkpoint, tree
-from jaxllm.checkpoint import Checkpoints, Preemption
+from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import parse
 from jaxllm.errors import CheckpointError, SettingsError, UserError
 from jaxllm.model.build import build
@@ -22,29 +19,12 @@ from jaxllm.sharding import ParallelConfig, make_sharding
 from jaxllm.train import loop
 from jaxllm.train.config import RunConfig, load_run
 from jaxllm.train.evaluate import Evaluator
-from jaxllm.train.init import first_weights
+from jaxllm.train.init import first_weights, origin_of
 from jaxllm.train.writers import JsonlWriter
 
 
 def train(*args, **changes):
     return api.train(small.settings(*args, **changes), quiet=True)
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """`stop_at(k)`: the next run gets a real SIGTERM after step k."""
-    reached = Preemption.reached
-
-    def stop(k):
-        def signalled(self, step):
-            if step == k and threading.current_thread() is threading.main_thread():
-                os.kill(os.getpid(), signal.SIGTERM)
-                monkeypatch.setattr(Preemption, "reached", reached)
-            return reached(self, step)
-
-        monkeypatch.setattr(Preemption, "reached", signalled)
-
-    return stop
 
 
 def steps_of(out):
@@ -388,10 +368,10 @@ def test_init_may_change_the_context_and_how_it_is_computed(finished, corpus):
     raw["model"] |= {"dropout": 0.1, "dtype": "bfloat16", "remat": "full"}
     model = build(load_run(raw)[0].model, make_sharding())
     with pytest.raises(CheckpointError, match="holds other arrays"):  # two slots of one layer are stored in another way
-        first_weights(str(finished.folder), model, finished.tokenizer)
+        first_weights(origin_of(str(finished.folder), ()), model, finished.tokenizer, jax.random.key(0))
     raw["model"]["pattern"] = [longer]
     model = build(load_run(raw)[0].model, make_sharding())
-    found = first_weights(str(finished.folder), model, finished.tokenizer)
+    found = first_weights(origin_of(str(finished.folder), ()), model, finished.tokenizer, jax.random.key(0))
     assert small.bits(tree.flatten(found)) == small.bits(tree.flatten(finished.params))
 
 
