@@ -1,8 +1,9 @@
 """Verbs of text and tokens: tokenizer, data."""
 
+import os
 import sys
 
-from jaxllm.cli.common import new_verb, standard_input
+from jaxllm.cli.common import new_verb, refuse_ignored, standard_input
 from jaxllm.errors import UserError
 
 
@@ -42,6 +43,10 @@ def _open_tokenizer(path: str):
 
     from jaxllm.data.tokenizer import Tokenizer
 
+    if path.endswith(".gguf"):
+        from jaxllm.hf.open import open_published
+
+        return open_published(path).tokenizer()
     inside = Path(path) / "tokenizer"
     return Tokenizer.load(inside if inside.is_dir() else path)
 
@@ -72,9 +77,18 @@ def add_data(verbs):
         )
         if name == "inspect":
             verb.add_argument("--rows", type=int, default=2, help="documents and rows to show (default 2)")
+            verb.add_argument(
+                "--chat", action="store_true", help="show conversations, and which of their tokens are learnt"
+            )
+            verb.add_argument(
+                "--tokenizer",
+                metavar="MODEL",
+                help="with --chat: read a .jsonl file in place of RUN.yaml, with the chat template of this model",
+            )
 
 
 def _prepared(args):
+    """Settings, tokenizer and token stores of a settings file."""
     from jaxllm.data.prepare import prepare
     from jaxllm.train.config import load_run
     from jaxllm.train.folder import RunFolder
@@ -93,8 +107,33 @@ def data_prepare(args) -> None:
 
 
 def data_inspect(args) -> None:
-    from jaxllm.data.inspect import inspect
+    from jaxllm.data.inspect import inspect, inspect_chat
 
-    settings, tokenizer, stores = _prepared(args)
-    shown = dict(length=settings.train.seq_len, pack=settings.data.pack)
-    print("\n\n".join(inspect(store, tokenizer, args.rows, **shown) for store in stores.values()))
+    if args.tokenizer is not None:
+        refuse_ignored("data inspect shows a file only with --chat", ["tokenizer"] * (not args.chat))
+        tokenizer, stores, options = *_chat_file(args), {}
+    else:
+        if args.chat and args.config.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+            raise UserError(f"{args.config} is a file of conversations; say with --tokenizer which model reads them")
+        settings, tokenizer, stores = _prepared(args)
+        options = dict(length=settings.train.seq_len, pack=settings.data.pack, truncate=settings.data.truncate)
+    if args.chat:
+        stores = {name: store for name, store in stores.items() if store.chat}
+        if not stores:
+            raise UserError(f"{args.config}: no source has format: chat, so there are no conversations to show")
+        options["color"] = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    show = inspect_chat if args.chat else inspect
+    print("\n\n".join(show(store, tokenizer, args.rows, **options) for store in stores.values()))
+
+
+def _chat_file(args):
+    """A file of conversations, tokenised by the tokenizer of a model."""
+    from jaxllm.data.config import DataConfig
+    from jaxllm.data.prepare import prepare
+    from jaxllm.data.sources import Source
+
+    if args.overrides:
+        raise UserError(f"{args.config} is no settings file, so {args.overrides[0]} would be ignored; leave it out")
+    tokenizer = _open_tokenizer(args.tokenizer)
+    config = DataConfig(sources=(Source(name="chat", path=args.config, format="chat"),))
+    return tokenizer, prepare(config, tokenizer, say=lambda text: print(text, file=sys.stderr))

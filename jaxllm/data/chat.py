@@ -43,7 +43,7 @@ def render(
     """
     if not messages:
         raise DataError("the conversation holds no messages")
-    user = _plain({"messages": [_message(m, source) for m in messages], **given})
+    user = _plain({"messages": [_message(m, k, source) for k, m in enumerate(messages, 1)], **given})
     guard, *marks = _unused(user)
     text = _render(source, user, tokens, guard, tuple(marks), tuple(control))
     parts, flags = _parts(text, guard, marks, control)
@@ -119,16 +119,16 @@ def _guarded(value, guard: str, pattern: re.Pattern):
     return [_guarded(item, guard, pattern) for item in value] if isinstance(value, list) else value
 
 
-def _message(message: dict, source: str) -> dict:
-    """The message without empty fields. Raises DataError for a role that the template does not know."""
+def _message(message: dict, k: int, source: str) -> dict:
+    """Message k without empty fields. Raises DataError for a role that the template does not know."""
     if not isinstance(message, dict):
-        raise DataError(f"a message is a dict with a role and a content, not a {type(message).__name__}")
+        raise DataError(f"message {k}: a message is a dict with a role and a content, not a {type(message).__name__}")
     message = {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
     if role not in ROLES and not (isinstance(role, str) and re.fullmatch(r"\w+", role) and role in source):
-        raise DataError(f"unknown role {role!r}{nearest(str(role), ROLES)}")
+        raise DataError(f"message {k}: unknown role {role!r}{nearest(str(role), ROLES)}")
     if "content" not in message and "tool_calls" not in message:
-        raise DataError(f"a message of the role {role} has no content (keys: {', '.join(map(str, message))})")
+        raise DataError(f"message {k}, of the role {role}, has no content (keys: {', '.join(map(str, message))})")
     reasoning = next((message[key] for key in REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 

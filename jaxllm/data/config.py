@@ -6,6 +6,7 @@ from pydantic import Field
 
 from jaxllm.config import settings
 from jaxllm.data.sources import Source
+from jaxllm.data.truncate import Truncate
 
 
 @settings
@@ -23,7 +24,9 @@ class DataConfig:
     vocab: int = Field(default=4096, ge=300)
     """pieces of a tokenizer trained here"""
     pack: bool = True
-    """several documents in a row, attention within each; false: one row is one document, cut at the row's length"""
+    """several documents in a row, attention within each; conversations stay whole; false: one row is one document"""
+    truncate: Truncate = "right"
+    """a conversation (or unpacked document) longer than a row: right cuts its end, left its start; drop; error"""
     shuffle: bool = True
     """documents and rows in a new random order each epoch; false: as they stand in the files"""
     seed: int = Field(default=0, ge=0)
@@ -45,6 +48,8 @@ class DataConfig:
             raise ValueError(f"heldout={self.heldout} would be ignored beside eval_sources; set one of the two")
         if self.tokenizer is not None and self.vocab != 4096:
             raise ValueError(f"vocab={self.vocab} would be ignored: the tokenizer {self.tokenizer} has its own")
+        if self.truncate != "right" and self.pack and all(source.format != "chat" for source in self.sources):
+            raise ValueError(f"truncate={self.truncate} would be ignored: packed text is cut nowhere; only chat is")
         if "://" in self.cache:
             raise ValueError(f"cache={self.cache}: must be a local folder, since token stores are memory-mapped")
 

@@ -6,7 +6,9 @@ from functools import lru_cache
 import numpy as np
 
 from jaxllm.data.pack import Row, Rows
-from jaxllm.data.store import TokenStore, digest
+from jaxllm.data.shards import digest
+from jaxllm.data.store import TokenStore
+from jaxllm.data.truncate import Truncate
 from jaxllm.errors import SettingsError, nearest
 
 #: Rows in a block. Each block holds every source by its exact share, rounded to rows, in an order of its own.
@@ -106,12 +108,14 @@ def mix(
     seed: int = 0,
     pack: bool = True,
     shuffle: bool = True,
+    truncate: Truncate = "right",
     reached: Mapping[str, Place] | None = None,
 ) -> Mixture:
     """The rows of token stores, `length` pairs each, mixed by weight: what a stage of training reads.
 
     `reached`: where earlier stages have left the sources that they read; each goes on there (see `Rows.go_on`).
     """
-    rows = {name: Rows(store, length, seed=seed, pack=pack, shuffle=shuffle) for name, store in stores.items()}
+    options = dict(seed=seed, pack=pack, shuffle=shuffle, truncate=truncate)
+    rows = {name: Rows(store, length, **options) for name, store in stores.items()}
     starts = {name: rows[name].go_on(*place) for name, place in (reached or {}).items()}
     return Mixture(rows, weights, seed=seed, starts=starts)

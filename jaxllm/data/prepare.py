@@ -15,21 +15,12 @@ import numpy as np
 
 from jaxllm.config import to_dict
 from jaxllm.data.config import DataConfig
+from jaxllm.data.encode import Encoder, texts
 from jaxllm.data.entries import Entry, entries_of, stat
-from jaxllm.data.readers import documents, require, splittable
+from jaxllm.data.readers import require, splittable
+from jaxllm.data.shards import ShardWriter, digest, has_shard
 from jaxllm.data.sources import Source, files, kind, patterns
-from jaxllm.data.store import (
-    VERSION,
-    ShardWriter,
-    TokenStore,
-    digest,
-    dtype_for,
-    has_shard,
-    heldout_limit,
-    read_meta,
-    text_hash,
-    write_meta,
-)
+from jaxllm.data.store import VERSION, TokenStore, heldout_limit, read_meta, write_meta
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DataError, ResourceError
 
@@ -67,26 +58,28 @@ def prepare_source(
     say: Callable[[str], None] = print,
 ) -> TokenStore:
     """One source's token store under `cache`, tokenised as far as it is not there yet."""
+    encoder = Encoder(source, tokenizer)
     paths = files(source)
     for path in paths:
         require(source, path)
     settings = {k: v for k, v in to_dict(source).items() if k != "weight"} | {"path": patterns(source)}
-    folder = cache.expanduser() / f"{source.name}-{digest([VERSION, settings, tokenizer.hash])[:16]}"
+    folder = cache.expanduser() / f"{source.name}-{digest([VERSION, settings, tokenizer.hash, *encoder.template])[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     old = read_meta(folder)
     entries = entries_of(paths, old, folder)
-    units = _units(source, entries)
+    units = _units(source, entries, encoder.template)
     wanted = {unit.key: unit for unit in units}
     todo = [unit for key, unit in wanted.items() if not has_shard(folder, key)]
     if todo:
         say(_news(source, entries, old, len(todo), len(wanted)))
-        _tokenise(source, todo, tokenizer, folder, threads, progress or (lambda *_: None))
+        _tokenise(encoder, todo, folder, threads, progress or (lambda *_: None))
     meta = {
         "name": source.name,
         "source": settings,
         "tokenizer": tokenizer.hash,
         "vocab": tokenizer.vocab,
-        "dtype": dtype_for(tokenizer.vocab).str,
+        "dtype": encoder.dtype.str,
+        "chat": encoder.chat,
         "files": [entry.row for entry in entries],
         "shards": [unit.key for unit in units],
     }
@@ -94,8 +87,16 @@ def prepare_source(
         write_meta(folder, meta)
     store = TokenStore.open(folder, tokenizer)
     if not store.documents:
-        raise DataError(f"source {source.name}: its {len(paths)} files hold no text")
+        what = "conversations" if encoder.chat else "text"
+        raise DataError(f"source {source.name}: its {len(paths)} files hold no {what}")
+    if store.untrained:
+        say(f"source {source.name}: {rewritten(store)}")
     return store
+
+
+def rewritten(store: TokenStore) -> str:
+    """What to say of turns that are not learnt."""
+    return f"{store.untrained:,} earlier turns of the assistant are not learnt: the chat template rewrites them"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Unit:
     bytes: int
 
 
-def _units(source: Source, entries: list[Entry]) -> list[Unit]:
+def _units(source: Source, entries: list[Entry], template: list[str]) -> list[Unit]:
     """Groups small files and cuts big ones, in the order of the files; does not depend on the number of threads."""
     total = sum(entry.size for entry in entries)
     target = min(LARGE, max(SMALL, 1 << (total // 64).bit_length()))
@@ -117,7 +118,7 @@ def _units(source: Source, entries: list[Entry]) -> list[Unit]:
         nonlocal group, held
         if group:
             parts = [[e.hash, kind(source, e.path), os.path.splitext(e.path)[1], a, b] for e, a, b in group]
-            key = digest([source.field, source.document, parts])
+            key = digest([source.field, source.document, parts, *template])
             units.append(Unit(key, tuple(group), held))
         group, held = [], 0
 
@@ -153,31 +154,29 @@ def _news(source: Source, entries: list[Entry], old: dict | None, todo: int, sha
     return line + f" again: {len(changed)} files changed since (such as {os.path.basename(changed[0])})"
 
 
-def _tokenise(
-    source: Source, units: list[Unit], tokenizer: Tokenizer, folder: Path, threads: int, progress: Progress
-) -> None:
+def _tokenise(encoder: Encoder, units: list[Unit], folder: Path, threads: int, progress: Progress) -> None:
     stop, done, total = threading.Event(), 0, sum(unit.bytes for unit in units)
     with ThreadPoolExecutor(threads, thread_name_prefix="tokenise") as pool:
-        futures = {pool.submit(_shard, source, unit, tokenizer, folder, stop): unit for unit in units}
+        futures = {pool.submit(_shard, encoder, unit, folder, stop): unit for unit in units}
         try:
             for future in as_completed(futures):
                 future.result()
                 done += futures[future].bytes
-                progress(source.name, done, total)
+                progress(encoder.source.name, done, total)
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _shard(source: Source, unit: Unit, tokenizer: Tokenizer, folder: Path, stop: threading.Event) -> None:
-    writer = ShardWriter(folder, unit.key, dtype_for(tokenizer.vocab))
+def _shard(encoder: Encoder, unit: Unit, folder: Path, stop: threading.Event) -> None:
+    writer = ShardWriter(folder, unit.key, encoder.dtype, chat=encoder.chat)
     try:
         for entry, first, last in unit.spans:
-            for text in documents(source, entry.path, first, last):
+            for document in encoder(entry.path, first, last):
                 if stop.is_set():
                     return
-                writer.add(tokenizer.encode(text, bos=True, eos=True), text.encode("utf-8"))
+                writer.add(document)
             if stat(entry.path) != (entry.size, entry.mtime):
                 raise DataError(f"{entry.path}: changed while it was tokenised; run again when it is at rest")
         writer.commit()
@@ -203,22 +202,13 @@ def train_tokenizer(
     """
     limits = [_limit(source, heldout) for source in sources]
     say(f"training a tokenizer of {vocab} pieces")
-    texts = (
-        text
-        for source, limit in zip(sources, limits, strict=True)
-        for text in _texts(source)
-        if limit == 0 or text_hash(text.encode("utf-8")) >= limit
-    )
-    return Tokenizer.train(texts, vocab, out)
-
-
-def _texts(source: Source) -> Iterator[str]:
-    return (text for path in files(source) for text in documents(source, path))
+    pairs = zip(sources, limits, strict=True)
+    kept = (text for source, limit in pairs for text, hash in texts(source) if hash >= limit)
+    return Tokenizer.train(kept, vocab, out)
 
 
 def _limit(source: Source, heldout: float) -> int:
     """What `TokenStore.split` will hold out; 0 for nothing. Reads all of the text."""
     if not heldout:
         return 0
-    hashes = np.array([text_hash(text.encode("utf-8")) for text in _texts(source)], np.int64)
-    return heldout_limit(source.name, hashes, heldout)
+    return heldout_limit(source.name, np.array([hash for _, hash in texts(source)], np.int64), heldout)

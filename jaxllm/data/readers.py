@@ -2,18 +2,15 @@
 
 import contextlib
 import gzip
-import importlib
-import io
 import json
 import re
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from etils import epath
-
-from jaxllm.data.sources import Source, kind, remote
-from jaxllm.errors import DataError, MissingExtra, nearest
+from jaxllm.data.compressed import open_binary, optional
+from jaxllm.data.sources import Source, kind
+from jaxllm.errors import DataError, nearest
 
 
 def documents(source: Source, path: str, start: int = 0, stop: int | None = None) -> Iterator[str]:
@@ -33,59 +30,38 @@ def documents(source: Source, path: str, start: int = 0, stop: int | None = None
         yield from (text for text in found if text)
 
 
+def records(path: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any]]:
+    """`(byte offset, JSON value)` of the lines of one file, or of those that begin in the bytes `[start, stop)`.
+
+    Raises DataError as `documents` does.
+    """
+    with _readable(path):
+        yield from _records(path, start, stop)
+
+
+@contextlib.contextmanager
+def located(path: str, offset: int):
+    """Puts the file and the line at this offset before the message of a DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: line {_line_number(path, offset)}: {error}") from None
+
+
 def splittable(source: Source, path: str) -> bool:
     """Whether byte ranges of the file can be read apart: uncompressed, and one line is one document."""
     form = kind(source, path)
-    return not path.endswith((".gz", ".zst")) and (form == "jsonl" or (form == "text" and source.document == "line"))
+    return not path.endswith((".gz", ".zst")) and (
+        form in ("jsonl", "chat") or (form == "text" and source.document == "line")
+    )
 
 
 def require(source: Source, path: str) -> None:
     """Raises MissingExtra where a package is needed to read the file and is not installed."""
     if kind(source, path) in ("parquet", "arrow"):
-        _optional("pyarrow", "reading parquet and dataset folders")
+        optional("pyarrow", "reading parquet and dataset folders")
     if path.endswith(".zst"):
-        _optional("zstandard", "reading .zst files")
-
-
-def open_binary(path: str) -> BinaryIO:
-    """The file's bytes, decompressed if its name ends in .gz or .zst; local or remote."""
-    raw = epath.Path(path).open("rb") if remote(path) else open(path, "rb")
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    if path.endswith(".zst"):
-        return io.BufferedReader(_Zstd(raw), 1 << 20)
-    return raw
-
-
-class _Zstd(io.RawIOBase):
-    """Decompresses frame by frame; zstandard's own reader ends without a word where a file was cut off."""
-
-    def __init__(self, raw: BinaryIO):
-        self._raw, self._ready = raw, b""
-        self._new = _optional("zstandard", "reading .zst files").ZstdDecompressor().decompressobj
-        self._frame = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            chunk = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            chunk = chunk or self._raw.read(1 << 17)
-            if not chunk:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the last frame is cut off")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = self._new()
-            self._ready = self._frame.decompress(chunk)
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+        optional("zstandard", "reading .zst files")
 
 
 @contextlib.contextmanager
@@ -104,13 +80,6 @@ def _readable(path: str):
         if type(error).__module__.split(".")[0] not in ("zstandard", "zstd", "pyarrow"):
             raise
         raise DataError(f"{path}: damaged or of another format ({error}); fetch or write it again") from None
-
-
-def _optional(package: str, feature: str):
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise MissingExtra(feature, package, "data") from None
 
 
 def _lines(path: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
@@ -162,6 +131,13 @@ def _per_paragraph(path: str, start: int, stop: int | None) -> Iterator[str]:
 
 
 def _jsonl(source: Source, path: str, start: int, stop: int | None) -> Iterator[str]:
+    for offset, record in _records(path, start, stop):
+        if problem := _field_problem(record, source.field):
+            raise DataError(f"{path}: line {_line_number(path, offset)}: {problem}")
+        yield record[source.field]
+
+
+def _records(path: str, start: int, stop: int | None) -> Iterator[tuple[int, Any]]:
     for offset, line in _lines(path, start, stop):
         text = _text(path, line, offset)
         if not text.strip():
@@ -176,10 +152,7 @@ def _jsonl(source: Source, path: str, start: int, stop: int | None) -> Iterator[
             ) from None
         except RecursionError:
             raise DataError(f"{path}: line {_line_number(path, offset)}: JSON nested too deep") from None
-        problem = _field_problem(record, source.field)
-        if problem:
-            raise DataError(f"{path}: line {_line_number(path, offset)}: {problem}")
-        yield record[source.field]
+        yield offset, record
 
 
 def _field_problem(record, field: str) -> str | None:
@@ -207,7 +180,7 @@ def _line_number(path: str, offset: int) -> int:
 
 
 def _table(source: Source, path: str, form: str) -> Iterator[str]:
-    _optional("pyarrow", "reading parquet and dataset folders")
+    optional("pyarrow", "reading parquet and dataset folders")
     row = 0
     with open_binary(path) as file:
         for batch in _batches(source, path, file, form):

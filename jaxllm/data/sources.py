@@ -13,7 +13,7 @@ from jaxllm.config import settings
 from jaxllm.data import stdlib
 from jaxllm.errors import DataError
 
-Format = Literal["auto", "text", "jsonl", "parquet", "dataset"]
+Format = Literal["auto", "text", "jsonl", "parquet", "dataset", "chat"]
 
 
 @settings
@@ -27,9 +27,9 @@ class Source:
     weight: float = 1.0
     """share of the training rows (so of the tokens), relative to the other sources"""
     format: Format = "auto"
-    """text, jsonl, parquet or dataset (a local Hugging Face folder); auto goes by the file's name"""
+    """text, jsonl, parquet, dataset (a local Hugging Face folder) or chat (a conversation a line); auto: by the name"""
     field: str = "text"
-    """the key or column that holds the text, in all formats but text"""
+    """the key or column that holds the text, in all formats but text and chat"""
     document: Literal["file", "line", "blank_line"] = "file"
     """what one document is in a text file: all of it, a line, or what lies between blank lines"""
 
@@ -40,8 +40,8 @@ class Source:
             raise ValueError(f"weight={self.weight}: must not be negative")
         if self.format not in ("auto", "text") and self.document != "file":
             raise ValueError(f"document={self.document} would be ignored: in the format {self.format} it is a record")
-        if self.format == "text" and self.field != "text":
-            raise ValueError(f"field={self.field} would be ignored in the format text")
+        if self.format in ("text", "chat") and self.field != "text":
+            raise ValueError(f"field={self.field} would be ignored in the format {self.format}")
 
 
 def files(source: Source) -> list[str]:
@@ -67,10 +67,12 @@ def patterns(source: Source) -> list[str]:
 
 
 def kind(source: Source, path: str) -> str:
-    """`text`, `jsonl`, `parquet` or `arrow`: how one file is read."""
+    """`text`, `jsonl`, `parquet`, `arrow` or `chat`: how one file is read."""
     bare = re.sub(r"\.(gz|zst)$", "", path)
     by_name = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
     found = by_name.get(os.path.splitext(bare)[1], "text")
+    if source.format == "chat" and found in ("parquet", "arrow"):
+        raise DataError(f"source {source.name}: {path}: conversations are read from .jsonl, .jsonl.gz and .jsonl.zst")
     return found if source.format in ("auto", "dataset") else source.format
 
 

@@ -1,9 +1,12 @@
-"""The token store: every document of a source as `<bos> ... <eos>`, tokenised once, memory-mapped."""
+"""The token store: every document of a source, tokenised once, memory-mapped.
+
+Text is `<bos> ... <eos>`, and every token but the first is learnt. A conversation is what its template makes of it,
+with a byte beside each token that says whether it is learnt.
+"""
 
 import contextlib
 import hashlib
 import json
-import os
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxllm.data.shards import digest, open_answers, open_shard, sync
 from jaxllm.errors import DataError
 
 #: Part of each store's folder name: a change of format or of how text is cut makes new shards, and reads no old ones.
@@ -34,9 +38,13 @@ class TokenStore:
     lengths: np.ndarray
     """tokens of each document, both ends included"""
     bytes: np.ndarray
-    """UTF-8 bytes of each document's text"""
+    """UTF-8 bytes of each document's text that is learnt"""
     hashes: np.ndarray
     """`text_hash` of each document"""
+    marks: tuple[np.ndarray, ...] | None = None
+    """of conversations: memory maps of bool beside the shards, true where the token is learnt"""
+    answers: np.ndarray | None = None
+    """of conversations: `[documents, 2]`, tokens to predict, and the assistant's turns that are not learnt"""
 
     @classmethod
     def open(cls, folder: str | Path, tokenizer=None) -> "TokenStore":
@@ -51,7 +59,7 @@ class TokenStore:
                 "use that tokenizer, or run jaxllm data prepare with this one"
             )
         dtype = np.dtype(meta["dtype"])
-        opened = [_open_shard(folder, key, dtype) for key in meta["shards"]]
+        opened = [open_shard(folder, key, dtype) for key in meta["shards"]]
         lengths = [docs[:, 0] for _, docs in opened]
         return cls(
             name=meta["name"],
@@ -64,6 +72,7 @@ class TokenStore:
             lengths=np.concatenate(lengths),
             bytes=np.concatenate([docs[:, 1] for _, docs in opened]),
             hashes=np.concatenate([docs[:, 2] for _, docs in opened]),
+            **(open_answers(folder, meta["shards"], opened) if meta.get("chat") else {}),
         )
 
     @property
@@ -78,8 +87,30 @@ class TokenStore:
 
     @cached_property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the text: what bits per byte divides by."""
+        """UTF-8 bytes of the text that is learnt: what bits per byte divides by."""
         return int(self.bytes.sum())
+
+    @property
+    def chat(self) -> bool:
+        """Whether the documents are conversations, of which only marked tokens are learnt."""
+        return self.answers is not None
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Tokens of each document that are predicted from those before them."""
+        return self.lengths - 1 if self.answers is None else self.answers[:, 0]
+
+    @property
+    def untrained(self) -> int:
+        """Turns of the assistant that are not learnt, since the chat template rewrites them when others follow."""
+        return 0 if self.answers is None else int(self.answers[:, 1].sum())
+
+    def learnt(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """bool: which of the tokens `[start, stop)` of document i are learnt."""
+        first, stop = int(self.start_of[i]), int(self.lengths[i]) if stop is None else min(stop, int(self.lengths[i]))
+        if self.marks is None:
+            return np.ones(stop - start, bool)
+        return self.marks[self.shard_of[i]][first + start : first + stop]
 
     def doc(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens `[start, stop)` of document i, a view. Raises DataError for an id outside the vocabulary."""
@@ -106,6 +137,7 @@ class TokenStore:
             lengths=self.lengths[documents],
             bytes=self.bytes[documents],
             hashes=self.hashes[documents],
+            answers=None if self.answers is None else self.answers[documents],
         )
 
     def split(self, heldout: float) -> tuple["TokenStore", "TokenStore"]:
@@ -116,40 +148,6 @@ class TokenStore:
         out = self.hashes < heldout_limit(self.name, self.hashes, heldout)
         rest, held = self.select(np.flatnonzero(~out)), self.select(np.flatnonzero(out))
         return rest, replace(held, name=f"{self.name}-heldout")
-
-
-class ShardWriter:
-    """Writes one shard: tokens, then the documents' lengths and bytes, whose presence says that it is complete."""
-
-    def __init__(self, folder: Path, key: str, dtype: np.dtype):
-        self._folder, self._key, self._dtype, self._docs = folder, key, dtype, []
-        # A name of its own for each writer: two processes that prepare the same text write the same bytes twice.
-        self._temp = folder / f"{key}.{uuid.uuid4().hex[:12]}.tmp"
-        self._file = self._temp.open("wb")
-
-    def add(self, tokens: np.ndarray, text: bytes) -> None:
-        """One document: its tokens, and its text in UTF-8."""
-        self._file.write(tokens.astype(self._dtype).tobytes())
-        self._docs.append((len(tokens), len(text), text_hash(text)))
-
-    def commit(self) -> None:
-        """Makes the shard durable and visible."""
-        _sync(self._file)
-        self._temp.replace(self._folder / f"{self._key}.tokens")
-        with self._temp.open("wb") as file:
-            np.save(file, np.array(self._docs, np.int64).reshape(-1, 3))
-            _sync(file)
-        self._temp.replace(self._folder / f"{self._key}.docs.npy")
-
-    def abort(self) -> None:
-        """Removes what is unfinished."""
-        self._file.close()
-        self._temp.unlink(missing_ok=True)
-
-
-def has_shard(folder: Path, key: str) -> bool:
-    """Whether a complete shard is there."""
-    return (folder / f"{key}.docs.npy").is_file() and (folder / f"{key}.tokens").is_file()
 
 
 def read_meta(folder: Path) -> dict | None:
@@ -168,9 +166,9 @@ def write_meta(folder: Path, meta: dict) -> None:
     temp = folder / f"store.{uuid.uuid4().hex[:12]}.tmp"
     with temp.open("w", encoding="utf-8") as file:
         json.dump({"version": VERSION, **meta}, file, indent=1)
-        _sync(file)
+        sync(file)
     temp.replace(folder / "store.json")
-    for path in [*folder.glob("*.tokens"), *folder.glob("*.docs.npy")]:
+    for path in [*folder.glob("*.tokens"), *folder.glob("*.marks"), *folder.glob("*.docs.npy")]:
         if path.name.split(".")[0] not in meta["shards"]:
             path.unlink(missing_ok=True)
     for path in folder.glob("*.tmp"):
@@ -178,11 +176,6 @@ def write_meta(folder: Path, meta: dict) -> None:
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime < time.time() - 3600:
                 path.unlink()
-
-
-def text_hash(text: bytes) -> int:
-    """32 bits of a document's text, by which it is held out or not."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
 
 
 def heldout_limit(name: str, hashes: np.ndarray, heldout: float) -> int:
@@ -198,32 +191,3 @@ def heldout_limit(name: str, hashes: np.ndarray, heldout: float) -> int:
             "blank_line (or line); or name eval_sources instead"
         )
     return int(np.clip(int(heldout * 2**32), hashes.min() + 1, hashes.max()))
-
-
-def digest(value) -> str:
-    """A short hash of JSON-like values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()[:32]
-
-
-def dtype_for(vocab: int) -> np.dtype:
-    """The smallest type that holds every id."""
-    return np.dtype("<u2") if vocab <= 1 << 16 else np.dtype("<u4")
-
-
-def _open_shard(folder: Path, key: str, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    path = folder / f"{key}.tokens"
-    try:
-        docs = np.load(folder / f"{key}.docs.npy", allow_pickle=False)
-        found, wanted = path.stat().st_size, int(docs[:, 0].sum()) * dtype.itemsize
-    except (OSError, ValueError, IndexError) as error:
-        raise DataError(f"{path}: damaged shard ({error}); remove the folder and run jaxllm data prepare") from None
-    if found != wanted:
-        raise DataError(f"{path}: {found:,} bytes, expected {wanted:,}; remove the folder and run jaxllm data prepare")
-    tokens = np.memmap(path, dtype, mode="r") if wanted else np.zeros(0, dtype)
-    return tokens, docs
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

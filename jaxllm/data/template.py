@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from functools import lru_cache, wraps
 
@@ -22,6 +23,9 @@ SOURCE = 1 << 16
 FILTERS = """abs attr capitalize count d default dictsort e escape first float format groupby indent int items join last
 length list lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum title trim
 unique upper wordcount""".split()
+
+#: The time that templates are told, None for the present one.
+clock: ContextVar[datetime | None] = ContextVar("clock", default=None)
 
 
 def run(source: str, variables: dict, marks: tuple[str, str] | None = None) -> str:
@@ -208,4 +212,4 @@ def _refuse(message):
 
 
 def _now(format) -> str:
-    return datetime.now().strftime(format)
+    return (clock.get() or datetime.now()).strftime(format)

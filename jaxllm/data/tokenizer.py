@@ -136,6 +136,11 @@ class Tokenizer:
         """The default chat template, None for a base model without one."""
         return self._special.templates.get("default", DEFAULT_TEMPLATE if self._backend.own else None)
 
+    def template_for(self, tools: list[dict] | None) -> str | None:
+        """The template that renders a conversation with these tools: `tool_use` where there is one of this name."""
+        named = "tool_use" if tools and "tool_use" in self._special.templates else "default"
+        return self._special.templates.get(named, self.template)
+
     @property
     def control(self) -> dict[str, int]:
         """`{content: id}` of the tokens that no text becomes."""
@@ -194,8 +199,7 @@ class Tokenizer:
         `messages`: `[{"role": "user", "content": "..."}]`; `tools`: JSON schemas; `variables`: what this template takes
         besides (`enable_thinking=False`). Raises DataError where there is no template or it refuses the conversation.
         """
-        named = "tool_use" if tools and "tool_use" in self._special.templates else "default"
-        source = self._special.templates.get(named, self.template)
+        source = self.template_for(tools)
         if source is None:
             raise DataError("this tokenizer has no chat template: its model is no chat model, or the file is missing")
         given = dict(tools=tools, documents=documents, add_generation_prompt=add_generation_prompt) | variables

@@ -12,8 +12,9 @@ from jaxllm.data.entries import Entry, entries_of
 from jaxllm.data.prepare import train_tokenizer
 from jaxllm.data.readers import require
 from jaxllm.data.sentencepiece_train import TRAINER
+from jaxllm.data.shards import digest
 from jaxllm.data.sources import Source, files, patterns
-from jaxllm.data.store import VERSION, digest, read_meta, write_meta
+from jaxllm.data.store import VERSION, read_meta, write_meta
 from jaxllm.data.tokenizer import Tokenizer
 
 #: All that a trained tokenizer depends on beside text and settings.

@@ -8,6 +8,7 @@ import jax
 from jaxllm.data.loader import Loader
 from jaxllm.data.pack import Row, Rows
 from jaxllm.data.store import TokenStore
+from jaxllm.data.truncate import Truncate
 from jaxllm.errors import DataError
 from jaxllm.model.build import Model, Params
 from jaxllm.objectives.lm import lm
@@ -29,9 +30,19 @@ class Evaluator:
     A row of `seq_len` tokens is what a prediction can see at most, so a longer row gives a lower loss.
     """
 
-    def __init__(self, model: Model, stores: Mapping[str, TokenStore], *, seq_len: int, batch: int, objective=lm):
+    def __init__(
+        self,
+        model: Model,
+        stores: Mapping[str, TokenStore],
+        *,
+        seq_len: int,
+        batch: int,
+        objective=lm,
+        truncate: Truncate = "right",
+    ):
         self.model, self.batch, self.step = model, batch, make_eval_step(model, objective)
-        self.stores = {name: (store, Rows(store, seq_len, shuffle=False)) for name, store in stores.items()}
+        options = dict(shuffle=False, truncate=truncate)
+        self.stores = {name: (store, Rows(store, seq_len, **options)) for name, store in stores.items()}
         for name, (_, rows) in self.stores.items():
             if not rows.per_epoch:
                 raise DataError(f"{name}: no document has a second token, so there is nothing to predict")
@@ -70,7 +81,7 @@ class Evaluator:
             if progress is not None:
                 progress(min(loader.position, stop), stop)
         loader.close()
-        whole = int(rows.pairs.sum())
+        whole = int(store.targets.sum())
         return nats * (whole / count), whole, store.text_bytes
 
 

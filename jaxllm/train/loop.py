@@ -239,16 +239,16 @@ class Trainer:
         """The rows of a stage from the exact one where it was left after `done` of its steps."""
         stage, stream = self.stages[index], self.streams[index]
         for name, rows in zip(stream.names, stream.sources, strict=True):
-            documents, tokens = rows.cut
-            if documents:
-                self.show.say(f"{name}: {documents} documents are longer than {stage.seq_len}; {tokens} tokens unused")
+            if rows.news:
+                self.show.say(f"{name}: {rows.news}")
         where = dict(process=jax.process_index(), processes=jax.process_count())
         return Loader(stream, stage.batch, start=done * stage.batch, prefetch=self.config.data.prefetch, **where)
 
     def evaluator(self, stage: Stage) -> Evaluator | None:
         stores = {name: self.stores[name] for name in self.config.data.eval_names}
         rows = stage.batch // self.config.train.accumulate
-        return Evaluator(self.model, stores, seq_len=stage.seq_len, batch=rows) if stores else None
+        options = dict(seq_len=stage.seq_len, batch=rows, truncate=self.config.data.truncate)
+        return Evaluator(self.model, stores, **options) if stores else None
 
     def meta(self, step: int) -> dict[str, Any]:
         """What a checkpoint says beside its arrays."""

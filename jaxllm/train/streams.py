@@ -15,7 +15,7 @@ def make_streams(data: DataConfig, stages: Sequence[Stage], stores: Mapping[str,
     Raises SettingsError for weights that cannot be mixed.
     """
     sources = {source.name: stores[source.name] for source in data.sources}
-    options = dict(seed=data.seed, pack=data.pack, shuffle=data.shuffle)
+    options = dict(seed=data.seed, pack=data.pack, shuffle=data.shuffle, truncate=data.truncate)
     streams: list[Mixture] = []
     reached: dict[str, Place] = {}
     for stage in stages:

@@ -43,6 +43,21 @@ def make_store(tmp_path, tokenizer):
     return make
 
 
+@pytest.fixture
+def make_chats(tmp_path, tokenizer):
+    """`make_chats(records, template=...)`: a token store with one conversation for each record."""
+
+    def make(records, template=None, name="chats"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        source = Source(name=name, path=str(path), format="chat")
+        config = DataConfig(sources=(source,), cache=str(tmp_path / "cache"))
+        chosen = tokenizer if template is None else tokenizer.with_template(template)
+        return prepare(config, chosen, say=lambda line: None)[name]
+
+    return make
+
+
 class Bucket(DirFileSystem):
     """A local folder in the place of Google's cloud storage."""
 

@@ -16,6 +16,11 @@ def test_defaults_and_overrides():
     assert load(DataConfig, ONE, ["sources.0.path=[a.txt, b.txt]"]).sources[0].path == ("a.txt", "b.txt")
 
 
+@pytest.mark.parametrize("change", [{"pack": False}, {"sources": [{"name": "a", "path": "a", "format": "chat"}]}])
+def test_what_stays_whole_can_be_too_long(change):
+    assert load(DataConfig, {**ONE, **change, "truncate": "drop"}).truncate == "drop"
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -32,6 +37,10 @@ def test_defaults_and_overrides():
         ({"sources": [{"name": "a", "path": "x", "format": "csv"}]}, "'text', 'jsonl'"),
         ({"sources": [{"name": "a", "path": "x", "format": "jsonl", "document": "line"}]}, "document=line would be"),
         ({"sources": [{"name": "a", "path": "x", "format": "text", "field": "body"}]}, "field=body would be ignored"),
+        ({"sources": [{"name": "a", "path": "x", "format": "chat", "field": "body"}]}, "field=body would be ignored"),
+        ({"sources": [{"name": "a", "path": "x", "format": "chat", "document": "line"}]}, "document=line would be"),
+        ({"truncate": "left"}, "truncate=left would be ignored: packed text is cut nowhere"),
+        ({"truncate": "middle"}, "'right', 'left'"),
     ],
 )
 def test_bad_settings(change, message):

@@ -114,7 +114,7 @@ from pathlib import Path
 from jaxllm.data import entries
 from jaxllm.data import prepare as module
 from jaxllm.data.sources import Source
-from jaxllm.data.store import ShardWriter
+from jaxllm.data.shards import ShardWriter
 from jaxllm.data.tokenizer import Tokenizer
 module.SMALL = 2048
 folder, commit, done = Path(sys.argv[1]), ShardWriter.commit, []
@@ -153,7 +153,7 @@ def test_full_disk(folder, tokenizer, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxllm.data.store.ShardWriter.add", full)
+    monkeypatch.setattr("jaxllm.data.shards.ShardWriter.add", full)
     with pytest.raises(ResourceError, match="the disk is full.* data.cache"):
         run(folder, tokenizer)
 

@@ -1,14 +1,19 @@
 """Ids, chats and masks equal transformers'."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from jaxllm.data.answers import MARKS, Answers
+from jaxllm.data.conversation import Conversation
 from jaxllm.data.rebuild import bpe_from_vocab
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.hf.open import open_published
 
 pytestmark = pytest.mark.parity
 LETTERS = list(" \n\t\0▁▅<>|abc1é日😀\u0301\r")
@@ -93,3 +98,41 @@ def test_texts_of_a_byte_level_model(auto, texts, tmp_path):
     theirs = auto(str(tmp_path))
     for text in random_texts() + texts[:20]:
         assert ours.encode(text, bos=True).tolist() == theirs.encode(text)
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["marks", "compared"])
+def test_what_is_learnt_of_a_conversation(auto, texts, tmp_path, marked):
+    """As `assistant_masks`, also where the template does not mark the assistant's words."""
+    ours = byte_level(texts)
+    ours.to_hf(tmp_path)
+    theirs, answers = auto(str(tmp_path)), Answers(ours)
+    if not marked:
+        answers = Answers(ours.with_template(MARKS.sub("", TEMPLATE).replace("{% endgeneration %}", "")))
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        words = ["".join(rng.choice(LETTERS, rng.integers(1, 20))) for _ in range(2 * rng.integers(1, 4))]
+        turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(words)]
+        wanted = theirs.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
+        found = answers(Conversation(turns))
+        assert found.ids_N.tolist() == list(wanted["input_ids"]) and found.untrained == 0
+        assert found.marks_N.tolist() == [bool(x) for x in wanted["assistant_masks"]]
+
+
+@pytest.mark.real_models
+def test_a_conversation_of_smollm2(auto, tmp_path):
+    """Its template has no marks; what is learnt is each answer and the end of its turn."""
+    path = Path(os.environ.get("JAXLLM_MODELS", "models")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here; scripts/fetch_models.sh gets it")
+    ours = open_published(path).tokenizer()
+    ours.to_hf(tmp_path)
+    theirs = auto(str(tmp_path))
+    for chat in [*CHATS, [("user", "a"), ("assistant", "b\n\n"), ("user", "c"), ("assistant", " é日\n")]]:
+        turns = [{"role": role, "content": content} for role, content in chat]
+        wanted = theirs.apply_chat_template(turns)["input_ids"]
+        assert ours.render(turns).tolist() == list(wanted)
+        said = "".join(f"{content}<|im_end|>" for role, content in chat if role == "assistant")
+        if said:
+            found = Answers(ours)(Conversation(turns))
+            assert found.ids_N.tolist() == list(wanted)
+            assert ours.decode(found.ids_N[found.marks_N], skip_special=False) == said

@@ -1,0 +1,60 @@
+"""Files as bytes: plain or compressed, local or remote."""
+
+import gzip
+import importlib
+import io
+from typing import BinaryIO
+
+from etils import epath
+
+from jaxllm.data.sources import remote
+from jaxllm.errors import MissingExtra
+
+
+def open_binary(path: str) -> BinaryIO:
+    """The file's bytes, decompressed if its name ends in .gz or .zst; local or remote."""
+    raw = epath.Path(path).open("rb") if remote(path) else open(path, "rb")
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if path.endswith(".zst"):
+        return io.BufferedReader(_Zstd(raw), 1 << 20)
+    return raw
+
+
+class _Zstd(io.RawIOBase):
+    """Decompresses frame by frame; zstandard's own reader ends without a word where a file was cut off."""
+
+    def __init__(self, raw: BinaryIO):
+        self._raw, self._ready = raw, b""
+        self._new = optional("zstandard", "reading .zst files").ZstdDecompressor().decompressobj
+        self._frame = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            chunk = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            chunk = chunk or self._raw.read(1 << 17)
+            if not chunk:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the last frame is cut off")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._new()
+            self._ready = self._frame.decompress(chunk)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def optional(package: str, feature: str):
+    """A module of the extra `data`. Raises MissingExtra."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise MissingExtra(feature, package, "data") from None

@@ -1,0 +1,61 @@
+"""Files to documents of ids: text between begin and end, conversations by their template."""
+
+from collections.abc import Iterator
+
+from jaxllm.data.answers import Answers
+from jaxllm.data.conversation import Conversation, conversation
+from jaxllm.data.readers import documents, located, records
+from jaxllm.data.shards import Document, dtype_for, text_hash
+from jaxllm.data.sources import Source, files
+from jaxllm.data.tokenizer import Tokenizer
+
+
+class Encoder:
+    """Encodes the files of one source; may be called by several threads."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer):
+        self.source, self.tokenizer = source, tokenizer
+        self.answers = Answers(tokenizer) if source.format == "chat" else None
+        self.dtype = dtype_for(tokenizer.vocab)
+
+    @property
+    def chat(self) -> bool:
+        """Whether it reads conversations."""
+        return self.answers is not None
+
+    @property
+    def template(self) -> list[str]:
+        """Hash of what the ids of a conversation depend on beside source and tokenizer; none for text."""
+        return [self.answers.hash] if self.answers else []
+
+    def __call__(self, path: str, start: int = 0, stop: int | None = None) -> Iterator[Document]:
+        """The documents of one file, or of a range of its bytes. Raises DataError with the file and the place."""
+        return self._chats(path, start, stop) if self.answers else self._texts(path, start, stop)
+
+    def _texts(self, path: str, start: int, stop: int | None) -> Iterator[Document]:
+        for text in documents(self.source, path, start, stop):
+            data = text.encode("utf-8")
+            yield Document(self.tokenizer.encode(text, bos=True, eos=True), len(data), text_hash(data))
+
+    def _chats(self, path: str, start: int, stop: int | None) -> Iterator[Document]:
+        for offset, chat in _conversations(path, start, stop):
+            with located(path, offset):
+                ids_N, marks_N, untrained = self.answers(chat)
+            said = int(self.answers.sizes[ids_N[marks_N]].sum())
+            yield Document(ids_N, said, text_hash(chat.key), marks_N, untrained)
+
+
+def texts(source: Source) -> Iterator[tuple[str, int]]:
+    """The text of each document of a source, and the hash by which it is held out."""
+    for path in files(source):
+        if source.format == "chat":
+            yield from ((chat.text, text_hash(chat.key)) for _, chat in _conversations(path))
+        else:
+            yield from ((text, text_hash(text.encode("utf-8"))) for text in documents(source, path))
+
+
+def _conversations(path: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Conversation]]:
+    for offset, record in records(path, start, stop):
+        with located(path, offset):
+            chat = conversation(record)
+        yield offset, chat
