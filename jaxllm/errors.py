@@ -17,6 +17,10 @@ class CheckpointError(UserError):
     """A checkpoint that is damaged, belongs to other settings, or has an unknown format."""
 
 
+class TrainingError(UserError):
+    """Training would not do, or does not do, what its settings say; the message names the check that failed."""
+
+
 class ResourceError(UserError):
     """Too little memory or disk; the message holds what is needed and what is there."""
 

@@ -10,7 +10,7 @@ from jaxllm.cli.common import EXAMPLES, common_options
 from jaxllm.cli.data import add_data, add_tokenizer
 from jaxllm.cli.generation import add_chat, add_generate
 from jaxllm.cli.models import add_eval, add_export, add_info, add_parity
-from jaxllm.cli.training import add_demo, add_runs, add_train
+from jaxllm.cli.training import add_demo, add_runs, add_sft, add_train
 from jaxllm.errors import UserError
 
 __all__ = ["EXAMPLES", "main", "parse", "parser"]
@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     common_options(top, default=False)
     verbs = top.add_subparsers(metavar="VERB", required=True)
     add_train(verbs)
+    add_sft(verbs)
     add_tokenizer(verbs)
     add_data(verbs)
     add_eval(verbs)

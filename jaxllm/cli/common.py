@@ -7,6 +7,7 @@ from jaxllm.errors import UserError
 
 EXAMPLES = {
     "train": "jaxllm train demo train.steps=200 out=runs/mine",
+    "sft": "jaxllm sft models/smollm2-135m-instruct --data chats.jsonl lora.rank=16",
     "tokenizer train": "jaxllm tokenizer train 'books/*.txt' --vocab 8192 --out tokenizers/books",
     "tokenizer encode": "jaxllm tokenizer encode runs/demo 'def main():'",
     "tokenizer decode": "jaxllm tokenizer decode runs/demo 300 301 302",
@@ -20,6 +21,7 @@ EXAMPLES = {
     "demo": "jaxllm demo --minutes 2",
     "bench train": "jaxllm bench train --workloads W1 W2",
     "bench generate": "jaxllm bench generate models/gemma-3-270m --batches 1 8",
+    "bench load": "jaxllm bench load models/gemma-3-270m",
     "info": "jaxllm info models/gemma-3-270m",
     "export": "jaxllm export runs/demo --to hf --out exported/demo",
     "parity": "jaxllm parity models/gemma-3-270m",

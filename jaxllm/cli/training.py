@@ -21,10 +21,30 @@ def add_train(verbs):
 
 
 def train(args) -> int:
-    from jaxllm import config
     from jaxllm.train.config import load_run
 
-    settings, scale = load_run(args.config, args.overrides)
+    return _run(args, *load_run(args.config, args.overrides))
+
+
+def add_sft(verbs):
+    help = "fine-tune a model on conversations: supervised fine-tuning on what the assistant says"
+    verb = new_verb(verbs, "sft", help, sft, launch=logging.INFO)
+    verb.add_argument("config", metavar="RUN.yaml|MODEL", help="settings file; or a model, which needs --data")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    verb.add_argument("--data", action="append", metavar="FILE", help="conversations for MODEL (docs/data.md)")
+    verb.add_argument("--print-config", action="store_true", help="show all settings, resolved, with their meaning")
+    verb.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def sft(args) -> int:
+    from jaxllm.train.config import load_sft
+
+    return _run(args, *load_sft(args.config, args.data, args.overrides))
+
+
+def _run(args, settings, scale) -> int:
+    from jaxllm import config
+
     if scale is not None:
         run = settings.train
         print(scale.derivation())

@@ -56,6 +56,7 @@ class Model:
         lengths_B=None,
         cache: Cache | None = None,
         key=None,
+        neftune: float | None = None,
     ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
         """Forward pass: `(hidden_BTD, cache, aux)`.
 
@@ -68,6 +69,8 @@ class Model:
             here. They need it with a cache, so that a row keeps its angles from the first token to the last.
           cache: from `make_cache`; the new tokens see what it holds and are added to what comes back.
           key: of dropout; None for evaluation.
+          neftune: with a key, noise on the embeddings, uniform within `neftune / sqrt(L embed)` for the L tokens of a
+            document (Jain et al. 2023, arXiv 2310.05914, algorithm 1).
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -78,8 +81,35 @@ class Model:
             lengths_B=lengths_B,
             cache=cache,
             key=key,
+            neftune=neftune,
             sharding=self.sharding,
             kernels=self.kernels,
+        )
+
+    @property
+    def layers(self) -> list[tuple[str, str, int | None]]:
+        """Where the weights of each layer are, in order: group, slot, and place in the stack (None where unstacked)."""
+        config = self.config
+        stacked = [("layers", str(i), period) for period in range(config.periods) for i in range(len(config.pattern))]
+        prefix, suffix = (
+            [(group, str(i), None) for i in range(len(getattr(config, group)))] for group in ("prefix", "suffix")
+        )
+        return prefix + stacked + suffix
+
+    def embedded(self, params: Params, tokens_BT, *, positions_BT, segments_BT=None) -> jax.Array:
+        """What the first layer reads, `[B, T, D]`."""
+        where = dict(positions_BT=positions_BT, segments_BT=segments_BT)
+        return nnx.merge(self.graph, params).embedded(tokens_BT, **where, sharding=self.sharding, kernels=self.kernels)
+
+    def layer(self, group: str, slot: str, weights: Params, x_BTD, *, positions_BT, segments_BT=None) -> jax.Array:
+        """One layer by itself: `[B, T, D]` to the same. `weights` are its own, without a stack.
+
+        What `apply` does in one, layer after layer: for whatever looks at each of them, or changes it on the way.
+        """
+        params = {**self.abstract, group: {**self.abstract[group], slot: weights}}
+        where = dict(positions_BT=positions_BT, segments_BT=segments_BT)
+        return nnx.merge(self.graph, params).alone(
+            group, slot, x_BTD, **where, sharding=self.sharding, kernels=self.kernels
         )
 
     def head(self, params: Params) -> Any:

@@ -116,12 +116,13 @@ class Transformer(nnx.Module):
         lengths_B: jax.Array | None,
         cache: Cache | None,
         key: jax.Array | None,
+        neftune: float | None,
         sharding: Sharding,
         kernels: Kernels,
     ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
         """`(hidden_BTD, cache, aux)`; see `Model.apply`."""
         context = self._context(positions_BT, segments_BT, lengths_B, cache, sharding, kernels)
-        x_BTD = self._embed(tokens_BT, context, key)
+        x_BTD = self._embed(tokens_BT, context, key, neftune)
         run = Run(self.config, context, key, caches=list(cache) if cache is not None else None)
         for slot, block in self.prefix.items():
             x_BTD = run.layer(block, x_BTD, ("prefix", slot))
@@ -131,6 +132,16 @@ class Transformer(nnx.Module):
         for slot, block in self.suffix.items():
             x_BTD = run.layer(block, x_BTD, ("suffix", slot))
         return self.norm(x_BTD), tuple(run.caches) if cache is not None else None, run.aux()
+
+    def alone(self, group: str, slot: str, x_BTD, *, positions_BT, segments_BT, sharding, kernels) -> jax.Array:
+        """One layer by itself, whose weights are those of the slot without a stack; see `Model.layer`."""
+        context = self._context(positions_BT, segments_BT, None, None, sharding, kernels)
+        return getattr(self, group)[slot](x_BTD, context)[0]
+
+    def embedded(self, tokens_BT, *, positions_BT, segments_BT, sharding, kernels) -> jax.Array:
+        """What the first layer reads; see `Model.embedded`."""
+        context = self._context(positions_BT, segments_BT, None, None, sharding, kernels)
+        return self._embed(tokens_BT, context, None, None)
 
     def _context(self, positions_BT, segments_BT, lengths_B, cache, sharding, kernels) -> Context:
         specs = [s.attn for s in self.config.layer_specs if s.attn.rope is not None]
@@ -148,7 +159,7 @@ class Transformer(nnx.Module):
             attention=_attention_kind(kernels, sharding),
         )
 
-    def _embed(self, tokens_BT, context: Context, key):
+    def _embed(self, tokens_BT, context: Context, key, neftune):
         x_BTD = take(self.embed, tokens_BT, self.config.dtype)
         if self.config.embed_scale is not None:
             x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
@@ -157,7 +168,21 @@ class Transformer(nnx.Module):
         if self.config.positions == "sinusoidal":
             x_BTD = x_BTD + sinusoids(context.positions_BT, self.config.embed).astype(x_BTD.dtype)
         key = None if key is None else jax.random.fold_in(key, self.config.layers)
+        if neftune is not None and key is not None:
+            x_BTD = x_BTD + _noise(jax.random.fold_in(key, 1), neftune, x_BTD, context.segments_BT)
         return dropout(context.sharding.constrain(x_BTD, "batch", "seq", None), self.config.dropout, key)
+
+
+def _noise(key, neftune: float, x_BTD, segments_BT):
+    """NEFTune's noise (arXiv 2310.05914, algorithm 1), with the length of each document of a packed row."""
+    B, T, D = x_BTD.shape
+    length_BT = jnp.full((B, T), T)
+    if segments_BT is not None:
+        row_B1 = jnp.arange(B)[:, None]
+        length_BT = jnp.zeros((B, T + 1), jnp.int32).at[row_B1, segments_BT].add(1)[row_B1, segments_BT]
+    bound_BT1 = neftune / jnp.sqrt(length_BT[..., None].astype(jnp.float32) * D)
+    noise_BTD = jax.random.uniform(key, x_BTD.shape, jnp.float32, -1, 1)
+    return (noise_BTD * bound_BT1).astype(x_BTD.dtype)
 
 
 def _stack(spec: LayerSpec, config: ModelConfig, rngs: nnx.Rngs) -> Block:

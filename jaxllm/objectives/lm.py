@@ -24,15 +24,15 @@ CHUNK_LOGITS = 1 << 21
 Metrics = dict[str, Any]
 
 
-def lm(model: Model, params: Params, batch: TokenBatch, key=None, *, z_loss: float = 0.0):
+def lm(model: Model, params: Params, batch: TokenBatch, key=None, *, z_loss: float = 0.0, neftune: float | None = None):
     """`(loss_sum, count, metrics)` over the targets that `batch.mask_BT` chooses; every metric is a sum over them.
 
-    z_loss weighs the square of the log of the softmax's sum (PaLM, arXiv 2204.02311, section 5).
+    z_loss weighs the square of the log of the softmax's sum (PaLM, arXiv 2204.02311, section 5). neftune is the noise
+    on the embeddings where there is a key (see `Model.apply`).
     """
     params = bind(params, key=key)
-    hidden_BTD, _, aux = model.apply(
-        params, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, key=key
-    )
+    where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
+    hidden_BTD, _, aux = model.apply(params, batch.tokens_BT, **where, key=key, neftune=neftune)
     mask_BT = batch.mask_BT.astype(jnp.float32)
     count = jnp.sum(mask_BT)
     loss, ce = cross_entropy(model, model.head(params), hidden_BTD, batch.targets_BT, mask_BT, z_loss)

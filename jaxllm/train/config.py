@@ -1,5 +1,6 @@
 """Settings of a run, whole: what `jaxllm train RUN.yaml` reads, prints and saves."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ class TrainConfig:
     heldout_loss_sample and so on; the end of the run has all rows too."""
     patience: int | None = None
     """Stop after this many evaluations without a lower held-out loss; null never stops early."""
+    neftune: float | None = None
+    """Noise on the embeddings in training, uniform within this over sqrt(tokens of the conversation x embed): 5 is
+    usual in fine-tuning (NEFTune, arXiv 2310.05914); null for none."""
+    self_check: bool | None = None
+    """Looks at the first batch before the first step: conversations that see each other, a prompt that is learnt,
+    frozen weights that move stop the run. Null checks where a source holds conversations."""
     max_skipped: int = 10
     """Stop after this many steps in a row whose gradient was not finite."""
 
@@ -98,6 +105,8 @@ class TrainConfig:
         for stage in self.resolved_stages:
             if stage.batch % self.accumulate:
                 raise ValueError(f"batch={stage.batch} does not divide by accumulate={self.accumulate}")
+        if self.neftune is not None and self.neftune <= 0:
+            raise ValueError(f"neftune={self.neftune} must be above 0; null for none")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema={self.ema} must lie in (0, 1)")
 
@@ -181,6 +190,12 @@ class RunConfig:
     """Stores the weights of train.init in another number format, under adapters (QLoRA); null leaves them."""
     lora: LoraConfig | None = None
     """Trains low-rank adapters over the weights of train.init, which stay as they are; null trains the weights."""
+
+    @property
+    def self_check(self) -> bool:
+        """Whether the first batch is looked at."""
+        chat = any(source.format == "chat" for source in self.data.sources)
+        return chat if self.train.self_check is None else self.train.self_check
 
     @property
     def changes(self) -> Changes:
@@ -272,6 +287,29 @@ def load_run(source: str | Path | dict, overrides=()) -> tuple[RunConfig, Scale 
     if raw.get("out") is None and not isinstance(source, dict):
         raw["out"] = f"runs/{Path(source).stem}"
     return settings_of.parse(RunConfig, raw, where), scale
+
+
+def load_sft(source: str, files: Sequence[str] | None, overrides=()) -> tuple[RunConfig, Scale | None]:
+    """The settings of a fine-tuning run: of a file, or those of configs/runs/sft for a model and conversations.
+
+    Raises SettingsError where there is no model to start from, or no source of conversations.
+    """
+    raw = source
+    if is_model := source.endswith(".gguf") or Path(source).is_dir():
+        if not files:
+            raise SettingsError(f"{source} is a model: give the conversations too, with --data FILE.jsonl")
+        raw, _ = settings_of.merge(RunConfig, "sft")
+        raw["data"] |= {"sources": [{"name": "chat", "path": list(files), "format": "chat"}]}
+        raw["train"] |= {"init": source}
+        raw["out"] = f"runs/{Path(source).stem}-sft"
+    elif files:
+        raise SettingsError(f"--data is for a model, and {source} is a settings file; name the files in data.sources")
+    config, scale = load_run(raw, overrides)
+    if config.train.init is None:
+        raise SettingsError(f"{source}: nothing to fine-tune; set train.init to a run, a model folder or a .gguf file")
+    if not is_model and all(one.format != "chat" for one in config.data.sources):
+        raise SettingsError(f"{source}: no source holds conversations; set format: chat, or use jaxllm train for text")
+    return config, scale
 
 
 #: What the dial derives.

@@ -34,6 +34,7 @@ from jaxllm.train.init import Origin, check_trainable, first_weights, origin_of
 from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.progress import Show
 from jaxllm.train.recorder import Recorder, TrainingStopped
+from jaxllm.train.selfcheck import Frozen, check_first_batch
 from jaxllm.train.step import TrainState, abstract_state, make_state, make_train_step
 from jaxllm.train.streams import make_streams, renewed
 from jaxllm.train.trace import Trace
@@ -160,10 +161,14 @@ class Trainer:
             evaluator, flops = self.evaluator(stage), self.flops_per_token(stage)
             self.open(state)
             self.show.say(self.headline(index))
+            frozen = self.check(state, batch) if self.config.self_check and int(state.step) == 0 else None
             self.recorder.meter.skip()
             for step in range(int(state.step) + 1, end + 1):
                 self.trace.before(step)
                 state, metrics = step_fn(state, batch)
+                if frozen is not None:
+                    self.say_checked(frozen.check(state.params))
+                    frozen = None
                 if step < end:
                     batch = self.model.sharding.batch(next(loader))  # made while the step runs
                 self.recorder.push(
@@ -175,11 +180,24 @@ class Trainer:
                     break
         return state
 
+    def check(self, state: TrainState, batch) -> Frozen | None:
+        """Looks at the rows of the first microbatch. Raises TrainingError."""
+        if jax.process_count() > 1:
+            self.show.say("self-check: left out, since it looks at the rows of one process alone")
+            return None
+        rows = jax.tree.map(lambda x: x[:: self.config.train.accumulate], batch)
+        self.say_checked(check_first_batch(self.model, state.params, rows))
+        return Frozen(state.params, self.trainable)
+
+    def say_checked(self, found: list[str]) -> None:
+        for line in found:
+            self.show.say(f"self-check: {line}")
+
     def compile(self, state: TrainState, batch):
         """The training step of the current stage. Raises ResourceError when it needs too much memory."""
         step_fn = make_train_step(
             self.model,
-            lambda *args: lm(*args, z_loss=self.config.train.z_loss),
+            lambda *args: lm(*args, z_loss=self.config.train.z_loss, neftune=self.config.train.neftune),
             self.tx,
             trainable=self.trainable,
             accumulate=self.config.train.accumulate,
