@@ -1,6 +1,8 @@
 """The list of changes that a model's weights have been through: what a checkpoint must know to describe its arrays."""
 
+from jaxllm.adapt.gather import several_plan
 from jaxllm.adapt.lora import TRAINABLE, LoraConfig, float_plan, lora_plan, merge_plan
+from jaxllm.adapt.qat import qat_plan, store_plan
 from jaxllm.adapt.quantize import QuantizeConfig, quantize_plan
 from jaxllm.config import settings
 from jaxllm.model.build import Model
@@ -9,20 +11,26 @@ from jaxllm.model.change import Plan, changed
 
 @settings
 class Change:
-    """One of: weights quantised, adapters added, adapters merged, all made plain again."""
+    """One thing that is done to weights."""
 
     quantize: QuantizeConfig | None = None
     """Weights stored in another number format."""
     lora: LoraConfig | None = None
     """Adapters over weights."""
+    several: int | None = None
+    """So many adapters in the place of each, chosen row by row (`adapt.gather`)."""
+    qat: QuantizeConfig | None = None
+    """Weights that train as floats and are used rounded, for a number format to store them in."""
+    store: bool = False
+    """What was trained for a number format, stored in it."""
     merge: bool = False
     """Adapters merged into what was under them; both together are plain float32 then."""
     plain: bool = False
     """All weights made plain float32 arrays."""
 
     def __post_init__(self):
-        if sum(bool(x) for x in (self.quantize, self.lora, self.merge, self.plain)) != 1:
-            raise ValueError("a change is one of quantize, lora, merge and plain")
+        if sum(map(bool, vars(self).values())) != 1:
+            raise ValueError(f"a change is one of {', '.join(vars(self))}")
 
     def plan(self, model: Model) -> Plan:
         """What it does to each weight of `model`. Raises SettingsError where it does not fit the model."""
@@ -30,6 +38,12 @@ class Change:
             return quantize_plan(model, self.quantize)
         if self.lora is not None:
             return lora_plan(model, self.lora)
+        if self.qat is not None:
+            return qat_plan(model, self.qat)
+        if self.store:
+            return store_plan(model)
+        if self.several is not None:
+            return several_plan(model, self.several)
         return merge_plan(model) if self.merge else float_plan(model)
 
 

@@ -1,6 +1,8 @@
-"""Settings of adapters, the plan that puts them over a model's weights, and the one that merges them in."""
+"""Settings of adapters, and the plans that put them over a model's weights and merge them in."""
 
+import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax.numpy as jnp
@@ -86,6 +88,16 @@ def lora_plan(model: Model, config: LoraConfig) -> Plan:
         return AddLora(form, rank, alpha, config.dropout, config.kind) if rank else None
 
     return plan
+
+
+def config_of(sizes: Mapping[str, tuple[int, float]], kind: str, dropout: float = 0.0) -> LoraConfig:
+    """The settings that give adapters of these sizes, `{path: (rank, alpha)}`; the commonest size is the default."""
+    counted = collections.Counter(sizes.values())
+    (rank, alpha), _ = counted.most_common(1)[0]
+    patterns = {size: ",".join(path for path in sizes if sizes[path] == size) for size in counted}
+    rules = tuple(LoraRule(pattern=patterns[r, a], rank=r, alpha=a) for r, a in counted if (r, a) != (rank, alpha))
+    kinds = dict(kind=kind, dropout=dropout)
+    return LoraConfig(pattern=patterns[rank, alpha], rank=rank, alpha=alpha, rules=rules, **kinds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """Settings of quantisation, and the plan that rounds a model's weights to nearest."""
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 
 from jaxllm.config import settings
 from jaxllm.errors import SettingsError
 from jaxllm.model.build import Model
-from jaxllm.model.change import Plan, choose
+from jaxllm.model.change import Plan, choose, weights_of
 from jaxllm.weights.form import Form
 from jaxllm.weights.formats import get_format
-from jaxllm.weights.quantized import quantize
+from jaxllm.weights.lora import Lora
+from jaxllm.weights.quantized import Quantized, quantize
 
 #: What is quantised where nothing else is said: the matrices of the layers, but for the router, which is small and
 #: decides.
@@ -32,10 +34,14 @@ class QuantizeRule:
     """Scales in 8 bits, too."""
     symmetric: bool = True
     """Whether 0 is the code 0; false gives each group a zero of its own (int8 and int4 alone)."""
+    method: Literal["nearest", "gptq", "awq"] = "nearest"
+    """nearest rounds each weight by itself; gptq and awq make up for its error as calibration text shows it."""
     ordered: bool = False
-    """Whether columns may be stored in another order: what GPTQ with act_order does, and rounding cannot."""
+    """gptq: the inputs of the largest activations are rounded first, and stored in that order (act_order)."""
 
     def __post_init__(self):
+        if self.ordered and self.method != "gptq":
+            raise ValueError(f"ordered=true is for method=gptq, and method={self.method} would ignore it")
         if not self.symmetric and (self.double or self.format not in ("int8", "int4")):
             raise ValueError(
                 f"format={self.format}, double={self.double}: symmetric=false is for int8 and int4, without double"
@@ -44,8 +50,8 @@ class QuantizeRule:
             raise ValueError(f"group={self.group} must be at least 1")
         if self.format != "float":
             get_format(self.format)
-        if self.format == "float" and (self.group or self.double):
-            raise ValueError("format=float leaves weights as they are, and would ignore group and double")
+        if self.format == "float" and (self.group or self.double or self.method != "nearest"):
+            raise ValueError("format=float leaves weights as they are, and would ignore group, double and method")
 
 
 @settings
@@ -67,6 +73,11 @@ class QuantizeConfig:
             if self.activations and not (integer and rule.symmetric):
                 raise ValueError(f"activations=int8 needs symmetric integers, not {rule.format}; use int8 or int4")
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text is needed."""
+        return any(rule.method != "nearest" for rule in self.rules)
+
 
 @dataclasses.dataclass(frozen=True)
 class RoundToNearest:
@@ -79,6 +90,14 @@ class RoundToNearest:
     symmetric: bool
     ordered: bool
     activations: str | None
+    method: str = "nearest"
+
+    @property
+    def stand_in(self) -> str | None:
+        """With a method that needs text this step only says what comes out of it; why it cannot make that itself."""
+        if self.method == "nearest":
+            return None
+        return f"method={self.method} needs calibration text: use jaxllm quantize --calibrate FILE, or method=nearest"
 
     def __call__(self, weight, key):
         options = dict(group=self.group, double=self.double, symmetric=self.symmetric, activations=self.activations)
@@ -90,28 +109,38 @@ class RoundToNearest:
 
 
 def quantize_plan(model: Model, config: QuantizeConfig) -> Plan:
-    """The plan that rounds to nearest. Raises SettingsError for a pattern that chooses nothing, or a group that does
-    not divide."""
+    """The plan that rounds to nearest, and that says what comes out of every other method.
+
+    Raises SettingsError for a pattern that chooses nothing, a group that does not divide, or weights that are
+    quantised or adapted already.
+    """
     rules = rules_by_path(model, config)
 
     def plan(path: str, form: Form):
         if (rule := rules.get(path)) is None:
             return None
         group = check_group(path, form, rule)
-        how = (rule.double, rule.symmetric, rule.ordered, config.activations)
+        how = (rule.double, rule.symmetric, rule.ordered, config.activations, rule.method)
         return RoundToNearest(form, rule.format, group, *how)
 
     return plan
 
 
 def rules_by_path(model: Model, config: QuantizeConfig) -> dict[str, QuantizeRule]:
-    """The rule of each weight that is to be quantised."""
-    found: dict[str, QuantizeRule | None] = {}
+    """The rule of each weight that is to be quantised. Raises SettingsError as `quantize_plan` does."""
+    found: dict[str, QuantizeRule] = {}
     for rule in config.rules:
-        for path in choose(model, rule.pattern, "quantize"):
-            if not path.endswith("router"):
-                found.setdefault(path, None if rule.format == "float" else rule)
-    return {path: rule for path, rule in found.items() if rule is not None}
+        found = dict.fromkeys(choose(model, rule.pattern, "quantize"), rule) | found
+    rules = {path: rule for path, rule in found.items() if rule.format != "float"}
+    weights = weights_of(model.abstract)
+    for path in rules:
+        if isinstance(weights[path], Quantized):
+            raise SettingsError(
+                f"{path} is quantised already ({weights[path].format}); quantise the model that this one was made from"
+            )
+        if isinstance(weights[path], Lora):
+            raise SettingsError(f"{path} has an adapter; merge it first (jaxllm merge), then quantise")
+    return rules
 
 
 def check_group(path: str, form: Form, rule: QuantizeRule) -> int:

@@ -29,6 +29,12 @@ def block_size(rows: int, experts: int) -> int:
     return min(256, max(8, 1 << (share - 1).bit_length()))
 
 
+def owners(sizes_E: jax.Array, rows: int, block: int = 1) -> jax.Array:
+    """The expert of each block of rows; the last one for those past the sum of `sizes_E`."""
+    starts_C = jnp.arange(rows // block) * block
+    return jnp.minimum(jnp.searchsorted(jnp.cumsum(sizes_E), starts_C, side="right"), sizes_E.shape[0] - 1)
+
+
 def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, block: int) -> jax.Array:
     """`y_MF`: rows of expert e times `w_EDF[e]`; `sizes_E` counts each expert's rows, padding included.
 
@@ -37,8 +43,6 @@ def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, blo
     if block == 1:
         return jax.lax.ragged_dot(x_MD, w_EDF, sizes_E)
     x_CRD = x_MD.reshape(-1, block, x_MD.shape[-1])
-    ends_E = jnp.cumsum(sizes_E)
-    starts_C = jnp.arange(x_CRD.shape[0]) * block
-    expert_C = jnp.minimum(jnp.searchsorted(ends_E, starts_C, side="right"), sizes_E.shape[0] - 1)
+    expert_C = owners(sizes_E, x_MD.shape[0], block)
     y_CRF = jnp.einsum("CRD,CDF->CRF", x_CRD, w_EDF[expert_C])
     return y_CRF.reshape(-1, w_EDF.shape[-1])

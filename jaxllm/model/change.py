@@ -46,6 +46,8 @@ def change(model: Model, plan: Plan, params: Params, key: jax.Array | None = Non
     Args:
       key: of what is drawn (new adapters); default: that of seed 0.
       free: gives the memory of each old weight back once the new one is made; `params` is of no more use then.
+
+    Raises SettingsError for a step that only stands in for one that takes more than weights (`stand_in`).
     """
     steps, key = _steps(model, plan), jax.random.key(0) if key is None else key
     places = weights_of(changed(model, plan).abstract)
@@ -55,6 +57,8 @@ def change(model: Model, plan: Plan, params: Params, key: jax.Array | None = Non
         if step is None:
             leaves.append(weight)
             continue
+        if why := getattr(step.step if isinstance(step, Stacked) else step, "stand_in", None):
+            raise SettingsError(f"{path}: {why}")
         where = jax.tree.map(lambda leaf: leaf.sharding, places[path])
         new = jax.jit(step, out_shardings=where)(weight, jax.random.fold_in(key, i))
         leaves.append(jax.block_until_ready(new) if free else new)

@@ -191,6 +191,10 @@ class RunConfig:
     lora: LoraConfig | None = None
     """Trains low-rank adapters over the weights of train.init, which stay as they are; null trains the weights."""
 
+    qat: QuantizeConfig | None = None
+    """Trains the weights for a number format: they are used rounded to nearest, and with activations=int8 forward
+    products are integer ones (int8 training); null trains them as they are."""
+
     @property
     def self_check(self) -> bool:
         """Whether the first batch is looked at."""
@@ -201,10 +205,13 @@ class RunConfig:
     def changes(self) -> Changes:
         """What becomes of the weights before the first step."""
         quantize = (Change(quantize=self.quantize),) if self.quantize else ()
-        return quantize + ((Change(lora=self.lora),) if self.lora else ())
+        qat = (Change(qat=self.qat),) if self.qat else ()
+        return quantize + qat + ((Change(lora=self.lora),) if self.lora else ())
 
     def __post_init__(self):
-        if self.changes and self.train.init is None:
+        if self.qat is not None and (self.quantize or self.lora):
+            raise ValueError("qat trains the weights themselves, and quantize and lora train adapters: set one of them")
+        if (self.quantize or self.lora) and self.train.init is None:
             raise ValueError("quantize and lora are for the weights of a trained model; set train.init")
         if self.quantize is not None and self.lora is None:
             raise ValueError("quantised weights cannot be trained; set lora too, or use jaxllm quantize")

@@ -120,7 +120,7 @@ class Trainer:
             self.show.say(f"{self.folder.path} has no checkpoint yet: starting at step 0")
         self.checkpoints.check_space(self.abstract)
         key, params = jax.random.key(self.config.train.seed), None
-        if self.config.train.init is not None:
+        if self.config.train.init is not None or self.origin.changes:
             params = first_weights(self.origin, self.plain_model(self.stages[0]), self.tokenizer, key)
         return make_state(self.model, self.tx, key, params=params, **self.options)
 

@@ -33,13 +33,14 @@ class Form:
 
     @property
     def experts(self) -> tuple[int, ...]:
-        return self._sizes("e")
+        return self.sizes("e")
 
-    def _sizes(self, role: str) -> tuple[int, ...]:
+    def sizes(self, role: str) -> tuple[int, ...]:
+        """Of the axes with this role, one by one."""
         return tuple(n for n, r in zip(self.shape, self.roles, strict=True) if r == role)
 
     def _size(self, role: str) -> int:
-        return math.prod(self._sizes(role))
+        return math.prod(self.sizes(role))
 
     def matrix(self, w: jax.Array) -> jax.Array:
         """`[E?, O, I]` of the weight in its own axes."""
@@ -61,7 +62,7 @@ class Form:
     def enter(self, equation: str, x: jax.Array) -> jax.Array:
         """`x` as `[E?, ..., I]`."""
         x_axes, w_axes, _ = split(equation)
-        experts, inputs = self._letters(w_axes, "e"), self._letters(w_axes, "i")
+        experts, inputs = self.letters(w_axes, "e"), self.letters(w_axes, "i")
         rest = "".join(a for a in x_axes if a not in experts + inputs)
         x = jnp.transpose(x, [x_axes.index(a) for a in experts + rest + inputs])
         return x.reshape(*x.shape[: len(experts + rest)], self.inputs)
@@ -69,13 +70,14 @@ class Form:
     def leave(self, equation: str, y: jax.Array) -> jax.Array:
         """The result in the equation's axes, of `[E?, ..., O]`."""
         x_axes, w_axes, y_axes = split(equation)
-        experts, outputs = self._letters(w_axes, "e"), self._letters(w_axes, "o")
+        experts, outputs = self.letters(w_axes, "e"), self.letters(w_axes, "o")
         rest = "".join(a for a in x_axes if a not in w_axes)
-        y = y.reshape(*y.shape[:-1], *self._sizes("o"))
+        y = y.reshape(*y.shape[:-1], *self.sizes("o"))
         return jnp.transpose(y, [(experts + rest + outputs).index(a) for a in y_axes])
 
-    def _letters(self, w_axes: str, role: str) -> str:
-        return "".join(a for a, r in zip(w_axes, self.roles, strict=True) if r == role)
+    def letters(self, w_axes: str, roles: str) -> str:
+        """The equation's names of the axes with one of these roles."""
+        return "".join(a for a, r in zip(w_axes, self.roles, strict=True) if r in roles)
 
 
 def split(equation: str) -> tuple[str, str, str]:

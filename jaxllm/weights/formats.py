@@ -3,11 +3,16 @@
 A format maps values of a group, divided by the group's scale, to codes and back. `FORMATS` is the table of them; a new
 one is one entry, or `package.module:NAME` for one outside of the package.
 
+Rounding to nearest is off by at most, in units of the scale: half a step of integers (0.5; int8, int4, int2), half the
+widest gap of levels (0.152 for nf4), and for fp8 1/16 of the value, or 2^-10 below 2^-6. Scales in 8 bits add the
+largest value times half of their own step.
+
 Shapes: any; P bytes of the last axis once packed.
 """
 
 import dataclasses
 import importlib
+from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +84,6 @@ def _normal_float(bits: int) -> tuple[float, ...]:
     Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E: half of the levels below zero, and one more than
     half from zero up.
     """
-    from statistics import NormalDist
-
     offset = 0.9677083  # (1 - 1/32 + 1 - 1/30) / 2: the outermost quantile, appendix E
     half = 2 ** (bits - 1)
     up = [NormalDist().inv_cdf(float(p)) for p in np.linspace(offset, 0.5, half + 1)[:-1]]
@@ -109,6 +112,11 @@ def get_format(name: str) -> Format:
     if not colon:
         raise SettingsError(f"unknown format {name!r}{nearest(name, FORMATS)}; known are {', '.join(FORMATS)}")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise SettingsError(f"format {name!r}: {error}; write it as package.module:NAME") from None
+    if not isinstance(found, Format):
+        raise SettingsError(
+            f"format {name!r} is a {type(found).__name__}, not a Format; write it as package.module:NAME"
+        )
+    return found

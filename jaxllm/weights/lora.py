@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import UserError
-from jaxllm.kernels.experts import grouped_matmul
+from jaxllm.kernels.experts import grouped_matmul, owners
 from jaxllm.weights import seam
 from jaxllm.weights.axes import Axes
-from jaxllm.weights.form import Form, matrix_axes
+from jaxllm.weights.form import Form, matrix_axes, split
 
 STATIC = dict(metadata=dict(static=True))
 
@@ -25,7 +25,7 @@ STATIC = dict(metadata=dict(static=True))
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """`base + scale * lora_a lora_b`; with a magnitude, its outputs are renormalised (DoRA)."""
+    """`base + scale * lora_a lora_b`; with a magnitude, each output's weights are renormalised to it (DoRA)."""
 
     base: "seam.Weight"
     lora_a: jax.Array
@@ -63,89 +63,104 @@ class Lora:
         """The merged weight, as an array in its own axes; no stack."""
         if self.several:
             raise UserError("these weights hold several adapters; choose one to merge")
-        return self.form.weight(self._merged(jnp.float32)).astype(dtype)
+        w_OI = self._merged()
+        if self.lora_magnitude is not None:
+            w_OI = w_OI * self._factor(w_OI)[..., None]
+        return self.form.weight(w_OI).astype(dtype)
 
     def einsum(self, equation: str, x: jax.Array, *, dtype=None) -> jax.Array:
         """See `seam.einsum`."""
-        if not self.form.fits(equation):
-            if self.several:
-                raise UserError(f"adapters by row do not go through {equation}; leave k_up and v_up out of the pattern")
-            return jnp.einsum(equation, x, self.dense(x.dtype), preferred_element_type=dtype)
+        x_axes, w_axes, y_axes = split(equation)
+        assert not self.several or x_axes[0] == y_axes[0] == "B", equation
+        factor = None if self.lora_magnitude is None else self._factors()
+        letters = self._row + self.form.letters(w_axes, "eo")
+        if factor is not None and not set(letters) <= set(y_axes):
+            # k_up in compressed latent attention: its outputs are summed over, so they are scaled before.
+            x, factor = x * _along(factor, letters, x_axes).astype(x.dtype), None
         base = seam.einsum(equation, x, self.base, dtype=dtype)
-        assert not self.several or equation[0] == "B", equation
         h = _dropped(x, self.dropout, self.key)
-        delta = self.form.leave(equation, self._delta(self.form.enter(equation, h)).astype(base.dtype))
-        if self.lora_magnitude is None:
+        delta = self._low_rank(equation, h, dtype).astype(base.dtype)
+        if factor is None:
             return base + delta
-        factor = self.form.leave(equation, self._factor(self.form.enter(equation, x).ndim).astype(base.dtype))
-        if self.key is None or not self.dropout:
-            return (base + delta) * factor
-        # As in peft: dropout reaches the base's share of the renormalised weight, too.
-        return base + delta * factor + (factor - 1) * seam.einsum(equation, h, self.base, dtype=dtype)
+        factor = _along(factor, letters, y_axes).astype(base.dtype)
+        again = None if h is x else seam.einsum(equation, h, self.base, dtype=dtype)
+        return _renormalised(base, delta, factor, again)
 
     def grouped_matmul(self, x_MD: jax.Array, sizes_E: jax.Array, *, block: int) -> jax.Array:
         """See `seam.grouped_matmul`."""
         if self.several:
-            raise UserError("adapters by row do not reach experts; leave moe/** out of the pattern")
-        if self.lora_magnitude is not None:
-            w_EDF = jnp.swapaxes(self._merged(x_MD.dtype), -1, -2)
-            return grouped_matmul(x_MD, w_EDF, sizes_E, block=block)
+            raise UserError("adapters by row do not reach experts without a capacity; leave moe/** out of the pattern")
         base = seam.grouped_matmul(x_MD, self.base, sizes_E, block=block)
-        x_MD = _dropped(x_MD, self.dropout, self.key)
-        for part in (self.lora_a, self.lora_b):
-            x_MD = grouped_matmul(x_MD, part.astype(x_MD.dtype), sizes_E, block=block)
-        return base + self.scale * x_MD
+        h = _dropped(x_MD, self.dropout, self.key)
+        a_ER, b_EF = (part.astype(h.dtype) for part in (self.lora_a, self.lora_b))
+        delta = self.scale * grouped_matmul(grouped_matmul(h, a_ER, sizes_E, block=block), b_EF, sizes_E, block=block)
+        if self.lora_magnitude is None:
+            return base + delta
+        factor = self._factor(self._merged())[owners(sizes_E, x_MD.shape[0])].astype(base.dtype)
+        again = None if h is x_MD else seam.grouped_matmul(h, self.base, sizes_E, block=block)
+        return _renormalised(base, delta, factor, again)
 
     def take(self, ids: jax.Array, dtype) -> jax.Array:
         """See `seam.take`: the rows of the table are the outputs."""
-        base = seam.take(self.base, ids, dtype)
-        a_IR, b_RO = self.lora_a, self.lora_b
+        rows = seam.take(self.base, ids, jnp.float32)
         if self.several:
-            picked = jnp.swapaxes(b_RO, -1, -2)[jnp.maximum(self.rows_B, 0)[:, None], ids]
-            h = jnp.einsum("btr,bir->bti", picked, a_IR[jnp.maximum(self.rows_B, 0)])
-            h = jnp.where((self.rows_B >= 0)[:, None, None], h, 0)
+            chosen = jnp.maximum(self.rows_B, 0)[:, None]
+            picked = jnp.swapaxes(self.lora_b, -1, -2)[chosen, ids]
+            h = jnp.einsum("BTr,BDr->BTD", picked, self.lora_a[chosen[:, 0]])
+            rows = rows + self.scale * self._where(h, 0)
         else:
-            h = jnp.einsum("...r,ir->...i", b_RO.T[ids], a_IR)
-        rows = base + (self.scale * h).astype(dtype)
-        if self.lora_magnitude is None:
-            return rows
-        factor = self._factor(1 + self.several)  # [O] or [B, O]
-        picked = factor[jnp.arange(ids.shape[0])[:, None], ids] if self.several else factor[ids]
-        return rows * picked[..., None].astype(dtype)
-
-    def _delta(self, x):
-        """`scale * x a b` for x `[E?, ..., I]`."""
-        a_IR, b_RO = (part.astype(x.dtype) for part in (self.lora_a, self.lora_b))
-        if not self.several:
-            e = "e" if self.form.experts else ""
-            h = jnp.einsum(f"{e}...i,{e}ir->{e}...r", x, a_IR)
-            return self.scale * jnp.einsum(f"{e}...r,{e}ro->{e}...o", h, b_RO)
-        chosen = jnp.maximum(self.rows_B, 0)
-        h = jnp.einsum("b...r,bro->b...o", jnp.einsum("b...i,bir->b...r", x, a_IR[chosen]), b_RO[chosen])
-        has_B = (self.rows_B >= 0).reshape(-1, *[1] * (h.ndim - 1))
-        return jnp.where(has_B, self.scale * h, 0)
-
-    def _factor(self, ndim: int):
-        """DoRA's magnitude over the norm of the merged weight (a constant, section 4.3): `[E?, ..1.., O]`."""
-        factor = self.lora_magnitude / jax.lax.stop_gradient(self._norms())
-        if self.several:
-            factor = jnp.where((self.rows_B >= 0)[:, None], factor[jnp.maximum(self.rows_B, 0)], 1)
-        lead = factor.shape[:-1]
-        return factor.reshape(*lead, *[1] * (ndim - 1 - len(lead)), factor.shape[-1])
-
-    def _norms(self):
-        w_OI = _base_matrix(self.base, self.form, jnp.float32)
-        merged = w_OI + self.scale * jnp.swapaxes(self.lora_a @ self.lora_b, -1, -2)
-        return jnp.linalg.norm(merged, axis=-1)
-
-    def _merged(self, dtype):
-        """`[E?, O, I]`"""
-        w_OI = _base_matrix(self.base, self.form, jnp.float32)
-        w_OI = w_OI + self.scale * jnp.swapaxes(self.lora_a @ self.lora_b, -1, -2)
+            rows = rows + self.scale * jnp.einsum("...r,Dr->...D", self.lora_b.T[ids], self.lora_a)
         if self.lora_magnitude is not None:
-            norm_O = jax.lax.stop_gradient(jnp.linalg.norm(w_OI, axis=-1))
-            w_OI = w_OI * (self.lora_magnitude / norm_O)[..., None]
-        return w_OI.astype(dtype)
+            magnitude = self.lora_magnitude[chosen, ids] if self.several else self.lora_magnitude[ids]
+            factor = magnitude / _norms(rows)
+            rows = rows * (self._where(factor, 1) if self.several else factor)[..., None]
+        return rows.astype(dtype)
+
+    def _low_rank(self, equation: str, x, dtype):
+        """The equation with `scale * a b` in the place of the weight, never multiplied out."""
+        x_axes, w_axes, y_axes = split(equation)
+        letters = {role: self.form.letters(w_axes, role) for role in "eio"}
+        lead = self._row + letters["e"]
+        a, b = (self._of_rows(part.astype(x.dtype)) for part in (self.lora_a, self.lora_b))
+        first = lead + letters["i"] + "r", a.reshape(*a.shape[:-2], *self.form.sizes("i"), a.shape[-1])
+        second = lead + "r" + letters["o"], b.reshape(*b.shape[:-1], *self.form.sizes("o"))
+        if not set(letters["i"]) <= set(x_axes):
+            first, second = second, first
+        h_axes = "".join(name for name in x_axes if name not in first[0] or name in y_axes) + "r"
+        h = self.scale * seam.einsum(f"{x_axes},{first[0]}->{h_axes}", x, first[1])
+        if self.several:
+            h = self._where(h, 0)
+        return seam.einsum(f"{h_axes},{second[0]}->{y_axes}", h, second[1], dtype=dtype)
+
+    def _factors(self):
+        """DoRA's factor of each output, `[B?, E?, ...]` with the outputs' own axes."""
+        factor = self._of_rows(self._factor(self._merged()))
+        if self.several:
+            factor = self._where(factor, 1)
+        return factor.reshape(*factor.shape[:-1], *self.form.sizes("o"))
+
+    @property
+    def _row(self) -> str:
+        """The letter of the axis that `_of_rows` leads with."""
+        return "B" if self.several else ""
+
+    def _of_rows(self, part):
+        """Of several adapters' arrays those of each row, `[B, ...]`; of one the array itself."""
+        return part[jnp.maximum(self.rows_B, 0)] if self.several else part
+
+    def _where(self, values, other):
+        """`values` in the rows that have an adapter."""
+        return jnp.where((self.rows_B >= 0).reshape(-1, *[1] * (values.ndim - 1)), values, other)
+
+    def _merged(self):
+        """float32 `[A?, E?, O, I]`, without DoRA's renormalisation."""
+        base = self.base if isinstance(self.base, jax.Array) else self.base.dense(jnp.float32)
+        w_OI = self.form.matrix(base.astype(jnp.float32))
+        return w_OI + self.scale * jnp.swapaxes(self.lora_a @ self.lora_b, -1, -2)
+
+    def _factor(self, merged_OI):
+        """`[A?, E?, O]`: DoRA's magnitude over the norm."""
+        return self.lora_magnitude / _norms(merged_OI)
 
     def axes(self, axes: Axes) -> "Lora":
         """The logical axes of each array, by those of the weight."""
@@ -168,14 +183,28 @@ def add_lora(
     bound = math.sqrt(1 / form.inputs)
     a = jax.random.uniform(key, (*form.experts, form.inputs, rank), jnp.float32, -bound, bound)
     b = jnp.zeros((*form.experts, rank, form.outputs), jnp.float32)
-    magnitude = jnp.linalg.norm(_base_matrix(base, form, jnp.float32), axis=-1) if dora else None
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank
-    return Lora(base, a, b, magnitude, form, scale, dropout)
+    plain = Lora(base, a, b, None, form, scale, dropout)
+    return dataclasses.replace(plain, lora_magnitude=jnp.linalg.norm(plain._merged(), axis=-1)) if dora else plain
 
 
-def _base_matrix(base, form: Form, dtype):
-    dense = base if isinstance(base, jax.Array) else base.dense(dtype)
-    return form.matrix(dense.astype(dtype))
+def _norms(w_OI):
+    """`[..., O]`, constants to the gradient (section 4.3); 1 for rows of zeros, such as those that pad a vocabulary."""
+    norms = jax.lax.stop_gradient(jnp.linalg.norm(w_OI, axis=-1))
+    return jnp.where(norms == 0, 1, norms)
+
+
+def _renormalised(base, delta, factor, again):
+    """`factor * (base + delta)`; `again` is the base's share of inputs with dropout, which reaches the correction of
+    the base as it does in peft."""
+    return (base + delta) * factor if again is None else base + (factor - 1) * again + factor * delta
+
+
+def _along(values, letters: str, axes: str):
+    """Values whose axes are `letters`, laid out along `axes`, with size 1 where those have more."""
+    order = sorted(range(len(letters)), key=lambda i: axes.index(letters[i]))
+    sizes = iter(values.transpose(order).shape)
+    return values.transpose(order).reshape([next(sizes) if name in letters else 1 for name in axes])
 
 
 def _dropped(x, rate: float, key):

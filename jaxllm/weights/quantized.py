@@ -107,9 +107,14 @@ class Quantized:
 
     def take(self, ids: jax.Array, dtype) -> jax.Array:
         """See `seam.take`."""
-        rows = jax.tree.map(lambda leaf: leaf[ids], (self.codes, self.scales(), self.zero))
+        scale = self.scale
+        if isinstance(scale, Scales):
+            scale = Scales(scale.codes[ids], scale.step[ids], scale.mean[0])()
+        else:
+            scale = scale[ids]
+        zero = None if self.zero is None else self.zero[ids]
         order = None if self.order is None else self.order[None]
-        return _ordered(_values(get_format(self.format), *rows, dtype), order)
+        return _ordered(_values(get_format(self.format), self.codes[ids], scale, zero, dtype), order)
 
     def _values(self, dtype) -> jax.Array:
         return _values(get_format(self.format), self.codes, self.scales(), self.zero, dtype)

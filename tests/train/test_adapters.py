@@ -78,3 +78,17 @@ def test_what_cannot_be_is_refused(finished, qlora, corpus, tmp_path):
         with pytest.raises(SettingsError, match=message):
             run(corpus, tmp_path / "never", **changes)
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_weights_train_for_the_format_they_are_stored_in(init, finished, corpus, tmp_path):
+    """From a trained model or from new weights; the loss falls, and storing them changes no token."""
+    qat = {"rules": [{"format": "int8"}], "activations": "int8"}
+    more = dict(train__init=str(finished.folder)) if init else {}
+    result = run(corpus, tmp_path / "run", qat=qat, train__steps=4, **more)
+    losses = [float.fromhex(x) for x in small.losses(result.folder).values()]
+    assert losses[-1] < losses[0]
+    loaded = api.load(result.folder)
+    stored = loaded.change(Change(store=True))
+    one, two = (api.generate(m, "def f", max_tokens=8, temperature=0)[0] for m in (loaded, stored))
+    assert one.ids == two.ids and tree.nbytes(stored.params["layers"]) < 0.4 * tree.nbytes(loaded.params["layers"])
