@@ -9,7 +9,7 @@ import numpy as np
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows of tokens, a pytree of five (B, T) arrays; see pack.Row for the meaning of each."""
+    """Rows of tokens, a pytree of (B, T) arrays; see pack.Row for the meaning of each."""
 
     tokens_BT: jax.Array | np.ndarray
     """int32"""
@@ -21,3 +21,5 @@ class TokenBatch:
     """int32"""
     segments_BT: jax.Array | np.ndarray
     """int32, 0 is padding"""
+    reference_BT: jax.Array | np.ndarray | None = None
+    """float32: log-probabilities of the targets under a frozen model, where an objective wants them"""

@@ -5,7 +5,7 @@ import os
 from pydantic import Field
 
 from jaxllm.config import settings
-from jaxllm.data.sources import Source
+from jaxllm.data.sources import TURNS, Source
 from jaxllm.data.truncate import Truncate
 
 
@@ -48,7 +48,7 @@ class DataConfig:
             raise ValueError(f"heldout={self.heldout} would be ignored beside eval_sources; set one of the two")
         if self.tokenizer is not None and self.vocab != 4096:
             raise ValueError(f"vocab={self.vocab} would be ignored: the tokenizer {self.tokenizer} has its own")
-        if self.truncate != "right" and self.pack and all(source.format != "chat" for source in self.sources):
+        if self.truncate != "right" and self.pack and all(source.format not in TURNS for source in self.sources):
             raise ValueError(f"truncate={self.truncate} would be ignored: packed text is cut nowhere; only chat is")
         if "://" in self.cache:
             raise ValueError(f"cache={self.cache}: must be a local folder, since token stores are memory-mapped")

@@ -53,6 +53,29 @@ def conversation(record: Any) -> Conversation:
     return found._replace(tools=tools or None)
 
 
+def pair(record: Any) -> tuple[Conversation, Conversation]:
+    """The chosen and the rejected conversation of one line. Raises DataError that says what was found.
+
+    `prompt`, `chosen` and `rejected` are three strings or three lists of messages; without a prompt, chosen and
+    rejected are whole conversations, and what they have in common at the start is the prompt.
+    """
+    wanted = "expected prompt, chosen and rejected, or chosen and rejected conversations"
+    if not isinstance(record, dict):
+        raise DataError(f"{wanted} in an object, found a {type(record).__name__}")
+    if missing := [key for key in ("chosen", "rejected") if record.get(key) is None]:
+        raise DataError(f"{wanted}; {missing[0]} is missing (keys: {', '.join(record)}){nearest(missing[0], record)}")
+    if record.get("prompt") is not None:
+        rest = {key: value for key, value in record.items() if key in ("prompt", "tools")}
+        both = tuple(conversation(rest | {"completion": record[key]}) for key in ("chosen", "rejected"))
+    else:
+        both = tuple(_checked(record[key], key) for key in ("chosen", "rejected"))
+        common = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), min(map(len, both)))
+        both = tuple(conversation({"messages": m, "tools": record.get("tools")})._replace(first=common) for m in both)
+    if both[0] == both[1]:
+        raise DataError("chosen and rejected are the same")
+    return both
+
+
 def _messages(record: dict) -> Conversation:
     return Conversation(_checked(record["messages"], "messages"))
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from jaxllm.data.answers import Answers
-from jaxllm.data.conversation import Conversation, conversation
+from jaxllm.data.conversation import Conversation, conversation, pair
 from jaxllm.data.readers import documents, located, records
-from jaxllm.data.shards import Document, dtype_for, text_hash
-from jaxllm.data.sources import Source, files
+from jaxllm.data.shards import LEARNT, REJECTED, Document, dtype_for, text_hash
+from jaxllm.data.sources import TURNS, Source, files
 from jaxllm.data.tokenizer import Tokenizer
 
 
@@ -15,7 +17,7 @@ class Encoder:
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
         self.source, self.tokenizer = source, tokenizer
-        self.answers = Answers(tokenizer) if source.format == "chat" else None
+        self.answers = Answers(tokenizer) if source.format in TURNS else None
         self.dtype = dtype_for(tokenizer.vocab)
 
     @property
@@ -30,7 +32,8 @@ class Encoder:
 
     def __call__(self, path: str, start: int = 0, stop: int | None = None) -> Iterator[Document]:
         """The documents of one file, or of a range of its bytes. Raises DataError with the file and the place."""
-        return self._chats(path, start, stop) if self.answers else self._texts(path, start, stop)
+        made = {"chat": self._chats, "pairs": self._pairs}.get(self.source.format, self._texts)
+        return made(path, start, stop)
 
     def _texts(self, path: str, start: int, stop: int | None) -> Iterator[Document]:
         for text in documents(self.source, path, start, stop):
@@ -41,14 +44,29 @@ class Encoder:
         for offset, chat in _conversations(path, start, stop):
             with located(path, offset):
                 ids_N, marks_N, untrained = self.answers(chat)
-            said = int(self.answers.sizes[ids_N[marks_N]].sum())
-            yield Document(ids_N, said, text_hash(chat.key), marks_N, untrained)
+            yield self._document(ids_N, marks_N, text_hash(chat.key), untrained)
+
+    def _pairs(self, path: str, start: int, stop: int | None) -> Iterator[Document]:
+        for offset, record in records(path, start, stop):
+            with located(path, offset):
+                both = pair(record)
+                made = [self.answers(chat) for chat in both]
+            ids_N = np.concatenate([one.ids_N for one in made])
+            marks_N = np.concatenate([made[0].marks_N * LEARNT, made[1].marks_N * LEARNT | REJECTED])
+            yield self._document(ids_N, marks_N, text_hash(both[0].key), sum(one.untrained for one in made))
+
+    def _document(self, ids_N, marks_N, hash: int, untrained: int) -> Document:
+        said = int(self.answers.sizes[ids_N[marks_N & LEARNT > 0]].sum())
+        return Document(ids_N, said, hash, marks_N.astype(np.uint8), untrained)
 
 
 def texts(source: Source) -> Iterator[tuple[str, int]]:
     """The text of each document of a source, and the hash by which it is held out."""
     for path in files(source):
-        if source.format == "chat":
+        if source.format == "pairs":
+            chats = (chat for _, record in records(path) for chat in pair(record))
+            yield from ((chat.text, text_hash(chat.key)) for chat in chats)
+        elif source.format == "chat":
             yield from ((chat.text, text_hash(chat.key)) for _, chat in _conversations(path))
         else:
             yield from ((text, text_hash(text.encode("utf-8"))) for text in documents(source, path))

@@ -76,9 +76,11 @@ class _Batches:
     def __getitem__(self, b: int) -> TokenBatch:
         first = self._first + int(b) * self._step
         rows = [self._row(r) for r in range(first, first + self._rows)]
-        return TokenBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
+        columns = zip(*rows, strict=True)
+        return TokenBatch(*(None if column[-1] is None else np.stack(column) for column in columns))
 
     def _row(self, r: int) -> Row:
         if self._stop is not None and r >= self._stop:
-            return padding_row(self._stream.length)
+            reference = self._stream.row(self._stop - 1).reference is not None
+            return padding_row(self._stream.length, reference=reference)
         return self._stream.row(r)

@@ -24,7 +24,9 @@ class Row(NamedTuple):
     positions: np.ndarray
     """int32, from 0 at the start of each segment"""
     segments: np.ndarray
-    """int32, from 1: equal numbers may attend to each other"""
+    """int32, from 1: equal numbers may attend to each other; of a pair the rejected conversation has the next number"""
+    reference: np.ndarray | None = None
+    """float32, the log-probability of each target under a frozen model, where `Rows.reference` has them"""
 
 
 class Rows:
@@ -53,7 +55,12 @@ class Rows:
         if not store.documents:
             raise DataError(f"source {store.name}: no documents")
         self.store, self.length, self.seed, self.pack, self.shuffle = store, length, seed, pack, shuffle
+        if store.pairs and truncate != "error":
+            truncate = "drop"  # a pair of which a part is missing says nothing
         self.pairs, self.truncate = store.lengths - 1, truncate
+        self.offsets = np.cumsum(store.lengths) - store.lengths
+        self.reference: np.ndarray | None = None
+        """float32: what `Row.reference` holds, for each token of the store"""
         self.kept = keep(store, length, truncate) if store.chat or not pack else None
         self.layout = self._layout()
         self.per_epoch = self.layout.per_epoch
@@ -119,18 +126,33 @@ class Rows:
         ints = np.zeros((4, self.length), np.int32)
         mask = np.zeros(self.length, np.float32)
         tokens, targets, positions, segments = ints
-        at = 0
-        for segment, (document, first, count) in enumerate(pieces, 1):
+        reference = None if self.reference is None else np.zeros(self.length, np.float32)
+        at = segment = 0
+        for document, first, count in pieces:
             ids = self.store.doc(document, first, first + count + 1)
-            here = slice(at, at + count)
+            here, segment = slice(at, at + count), segment + 1
             tokens[here], targets[here] = ids[:-1], ids[1:]
             positions[here], segments[here] = np.arange(count), segment
             mask[here] = self.store.learnt(document, first + 1, first + count + 1)
+            if reference is not None:
+                reference[here] = self.reference[self.offsets[document] + first + 1 :][:count]
+            if self.store.pairs:
+                second, stop, segment = at + self.store.rejected(document), at + count, segment + 1
+                positions[second:stop], segments[second:stop] = np.arange(stop - second), segment
+                mask[second - 1] = 0  # from the last token of one to the first of the other
             at += count
-        return Row(tokens, targets, mask, positions, segments)
+        return Row(tokens, targets, mask, positions, segments, reference)
+
+    def places(self, r: int) -> np.ndarray:
+        """For each position of row r of the first epoch the number of its target in `reference`, -1 for none."""
+        found, at = np.full(self.length, -1, np.int64), 0
+        for document, first, count in self.layout.pieces(self._order(0), r):
+            found[at : at + count] = self.offsets[document] + first + 1 + np.arange(count)
+            at += count
+        return found
 
 
-def padding_row(length: int) -> Row:
+def padding_row(length: int, *, reference: bool = False) -> Row:
     """A row without targets, which fills up the last batch of an evaluation."""
-    zeros = np.zeros(length, np.int32)
-    return Row(zeros, zeros, np.zeros(length, np.float32), zeros, zeros)
+    zeros, floats = np.zeros(length, np.int32), np.zeros(length, np.float32)
+    return Row(zeros, zeros, floats, zeros, zeros, floats if reference else None)

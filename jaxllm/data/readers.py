@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from jaxllm.data.compressed import open_binary, optional
-from jaxllm.data.sources import Source, kind
+from jaxllm.data.sources import TURNS, Source, kind
 from jaxllm.errors import DataError, nearest
 
 
@@ -52,7 +52,7 @@ def splittable(source: Source, path: str) -> bool:
     """Whether byte ranges of the file can be read apart: uncompressed, and one line is one document."""
     form = kind(source, path)
     return not path.endswith((".gz", ".zst")) and (
-        form in ("jsonl", "chat") or (form == "text" and source.document == "line")
+        form in ("jsonl", *TURNS) or (form == "text" and source.document == "line")
     )
 
 

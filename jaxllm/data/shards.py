@@ -1,7 +1,7 @@
 """One shard of a token store: its files, written at once and opened as memory maps.
 
 KEY.tokens      the ids
-KEY.marks       of conversations: a byte for each id, 1 where it is learnt
+KEY.marks       of conversations: a byte for each id, 1 where it is learnt; in the rejected one of a pair 2 more
 KEY.docs.npy    int64, for each document: ids, bytes, hash; of conversations also the ids to predict, and the turns of
                 the assistant that are not learnt
 """
@@ -17,6 +17,9 @@ import numpy as np
 
 from jaxllm.errors import DataError
 
+#: Bits of a mark.
+LEARNT, REJECTED = 1, 2
+
 
 class Document(NamedTuple):
     """What a store takes."""
@@ -27,7 +30,7 @@ class Document(NamedTuple):
     hash: int
     """`text_hash`"""
     marks: np.ndarray | None = None
-    """of a conversation: bool, true where the token is learnt"""
+    """of a conversation: uint8, LEARNT where the token is learnt, and REJECTED in the second one of a pair"""
     untrained: int = 0
     """of a conversation: the assistant's turns that are not learnt"""
 
@@ -48,8 +51,8 @@ class ShardWriter:
         self._files["tokens"].write(ids.astype(self._dtype).tobytes())
         row = [len(ids), size, hash]
         if marks is not None:
-            self._files["marks"].write(marks.astype(bool).tobytes())
-            row += [int(marks[1:].sum()), untrained]
+            self._files["marks"].write(marks.tobytes())
+            row += [int(np.count_nonzero(marks[1:] & LEARNT)), untrained]
         self._docs.append(row)
 
     def commit(self) -> None:
@@ -91,7 +94,7 @@ def open_answers(folder: Path, keys: list[str], opened: list[tuple[np.ndarray, n
     if any(docs.shape[1:] != (5,) for _, docs in opened):
         raise DataError(f"{folder}: damaged table of documents; remove the folder and run jaxllm data prepare")
     marks = (
-        _map(folder / f"{key}.marks", np.dtype(bool), len(ids)) for key, (ids, _) in zip(keys, opened, strict=True)
+        _map(folder / f"{key}.marks", np.dtype(np.uint8), len(ids)) for key, (ids, _) in zip(keys, opened, strict=True)
     )
     return {"marks": tuple(marks), "answers": np.concatenate([docs[:, 3:] for _, docs in opened])}
 

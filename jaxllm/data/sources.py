@@ -13,7 +13,9 @@ from jaxllm.config import settings
 from jaxllm.data import stdlib
 from jaxllm.errors import DataError
 
-Format = Literal["auto", "text", "jsonl", "parquet", "dataset", "chat"]
+#: Formats of conversations.
+TURNS = ("chat", "pairs")
+Format = Literal["auto", "text", "jsonl", "parquet", "dataset", "chat", "pairs"]
 
 
 @settings
@@ -27,9 +29,10 @@ class Source:
     weight: float = 1.0
     """share of the training rows (so of the tokens), relative to the other sources"""
     format: Format = "auto"
-    """text, jsonl, parquet, dataset (a local Hugging Face folder) or chat (a conversation a line); auto: by the name"""
+    """text, jsonl, parquet, dataset (a local Hugging Face folder), chat (a conversation a line), pairs (a chosen and a
+    rejected answer a line); auto: by the name"""
     field: str = "text"
-    """the key or column that holds the text, in all formats but text and chat"""
+    """the key or column that holds the text, in all formats but text, chat and pairs"""
     document: Literal["file", "line", "blank_line"] = "file"
     """what one document is in a text file: all of it, a line, or what lies between blank lines"""
 
@@ -40,7 +43,7 @@ class Source:
             raise ValueError(f"weight={self.weight}: must not be negative")
         if self.format not in ("auto", "text") and self.document != "file":
             raise ValueError(f"document={self.document} would be ignored: in the format {self.format} it is a record")
-        if self.format in ("text", "chat") and self.field != "text":
+        if self.format in ("text", *TURNS) and self.field != "text":
             raise ValueError(f"field={self.field} would be ignored in the format {self.format}")
 
 
@@ -71,7 +74,7 @@ def kind(source: Source, path: str) -> str:
     bare = re.sub(r"\.(gz|zst)$", "", path)
     by_name = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
     found = by_name.get(os.path.splitext(bare)[1], "text")
-    if source.format == "chat" and found in ("parquet", "arrow"):
+    if source.format in TURNS and found in ("parquet", "arrow"):
         raise DataError(f"source {source.name}: {path}: conversations are read from .jsonl, .jsonl.gz and .jsonl.zst")
     return found if source.format in ("auto", "dataset") else source.format
 

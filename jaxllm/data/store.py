@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllm.data.shards import digest, open_answers, open_shard, sync
+from jaxllm.data.shards import LEARNT, REJECTED, digest, open_answers, open_shard, sync
 from jaxllm.errors import DataError
 
 #: Part of each store's folder name: a change of format or of how text is cut makes new shards, and reads no old ones.
@@ -42,9 +42,12 @@ class TokenStore:
     hashes: np.ndarray
     """`text_hash` of each document"""
     marks: tuple[np.ndarray, ...] | None = None
-    """of conversations: memory maps of bool beside the shards, true where the token is learnt"""
+    """of conversations: memory maps of uint8 beside the shards, with the bits of `shards.LEARNT` and `REJECTED`"""
     answers: np.ndarray | None = None
     """of conversations: `[documents, 2]`, tokens to predict, and the assistant's turns that are not learnt"""
+
+    pairs: bool = False
+    """whether a document is a pair of conversations, the chosen and then the rejected one"""
 
     @classmethod
     def open(cls, folder: str | Path, tokenizer=None) -> "TokenStore":
@@ -73,6 +76,7 @@ class TokenStore:
             bytes=np.concatenate([docs[:, 1] for _, docs in opened]),
             hashes=np.concatenate([docs[:, 2] for _, docs in opened]),
             **(open_answers(folder, meta["shards"], opened) if meta.get("chat") else {}),
+            pairs=meta["source"]["format"] == "pairs",
         )
 
     @property
@@ -110,7 +114,12 @@ class TokenStore:
         first, stop = int(self.start_of[i]), int(self.lengths[i]) if stop is None else min(stop, int(self.lengths[i]))
         if self.marks is None:
             return np.ones(stop - start, bool)
-        return self.marks[self.shard_of[i]][first + start : first + stop]
+        return self.marks[self.shard_of[i]][first + start : first + stop] & LEARNT > 0
+
+    def rejected(self, i: int) -> int:
+        """Of a pair: the number of the first token of its rejected conversation."""
+        first, length = int(self.start_of[i]), int(self.lengths[i])
+        return int(np.argmax(self.marks[self.shard_of[i]][first : first + length] & REJECTED > 0))
 
     def doc(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens `[start, stop)` of document i, a view. Raises DataError for an id outside the vocabulary."""

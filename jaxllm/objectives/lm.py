@@ -51,15 +51,17 @@ def cross_entropy(model: Model, head, hidden_BTD, targets_BT, mask_BT, z_loss: f
     loss = ce + z_loss * sum (log sum exp logits)^2 and ce = sum -log p(target). The gradient is computed in the
     forward pass, chunk by chunk, so that no logits are kept or computed twice. Any weight type can be the head.
     """
-    held = CHUNK_LOGITS * model.sharding.mesh.size * (1 if jax.default_backend() == "cpu" else 64)
-    chunks = _chunks(hidden_BTD.shape, model.config.padded_vocab, held)
+    chunks = chunks_of(model, hidden_BTD.shape)
     loss, ce = _cross_entropy(model.unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT)
     return loss, jax.lax.stop_gradient(ce)
 
 
-def _chunks(shape, vocab: int, held: int) -> int:
-    B, T, _ = shape
-    wanted = max(2, math.ceil(B * T * vocab / held))
+def chunks_of(model: Model, shape) -> int:
+    """Into how many chunks positions `[B, T, ...]` are cut, so that their logits fit."""
+    (B, T, _), vocab = shape, model.config.padded_vocab
+    held = CHUNK_LOGITS * model.sharding.mesh.size * (1 if jax.default_backend() == "cpu" else 64)
+    # With a large vocabulary a product of few rows would be slow: 128 take less than half the time of 8 at 262,144.
+    wanted = max(2, min(math.ceil(B * T * vocab / held), B * T // 128))
     return next((n for n in range(min(wanted, T), T + 1) if T % n == 0), T)
 
 
@@ -74,13 +76,13 @@ def _losses(logits_BJV, targets_BJ, mask_BJ, z_loss):
     return loss, ce, (p_BJV * (1 + 2 * z_loss * lse_BJ1) - hit_BJV) * mask_BJ[..., None]
 
 
-def _split(x, chunks: int):
+def split(x, chunks: int):
     """`[B, T, ...] -> [C, B, J, ...]` with every C-th position in a chunk, so that a split sequence stays split."""
     B, T = x.shape[:2]
     return jnp.moveaxis(x.reshape(B, T // chunks, chunks, *x.shape[2:]), 2, 0)
 
 
-def _join(x_C):
+def join(x_C):
     C, B, J = x_C.shape[:3]
     return jnp.moveaxis(x_C, 0, 2).reshape(B, J * C, *x_C.shape[3:])
 
@@ -91,7 +93,7 @@ def _cross_entropy(unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_B
         hidden, targets, mask = chunk
         return jax.tree.map(jnp.add, total, _losses(unembed(head, hidden), targets, mask, z_loss)[:2]), None
 
-    xs = tuple(_split(x, chunks) for x in (hidden_BTD, targets_BT, mask_BT))
+    xs = tuple(split(x, chunks) for x in (hidden_BTD, targets_BT, mask_BT))
     return jax.lax.scan(body, (jnp.zeros(()), jnp.zeros(())), xs)[0]
 
 
@@ -107,9 +109,9 @@ def _forward(unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT):
         return jax.tree.map(jnp.add, carry, (loss, ce, d_head)), d_hidden
 
     zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, floating))
-    xs = tuple(_split(x, chunks) for x in (hidden_BTD, targets_BT, mask_BT))
+    xs = tuple(split(x, chunks) for x in (hidden_BTD, targets_BT, mask_BT))
     (loss, ce, d_head), d_hidden = jax.lax.scan(body, zero, xs)
-    return (loss, ce), (merge(d_head, [None] * len(rest)), _join(d_hidden))
+    return (loss, ce), (merge(d_head, [None] * len(rest)), join(d_hidden))
 
 
 def _backward(unembed, chunks, z_loss, saved, cotangents):
