@@ -42,6 +42,21 @@ def sft(args) -> int:
     return _run(args, *load_sft(args.config, args.data, args.overrides))
 
 
+def add_dpo(verbs):
+    help = "teach a model which of two answers is preferred: direct preference optimisation"
+    verb = new_verb(verbs, "dpo", help, dpo, launch=logging.INFO)
+    verb.add_argument("config", metavar="RUN.yaml", help="settings file, or the name of a shipped one (configs/runs)")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    verb.add_argument("--print-config", action="store_true", help="show all settings, resolved, with their meaning")
+    verb.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def dpo(args) -> int:
+    from jaxllm.train.config import load_dpo
+
+    return _run(args, *load_dpo(args.config, args.overrides))
+
+
 def _run(args, settings, scale) -> int:
     from jaxllm import config
 

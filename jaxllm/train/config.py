@@ -11,8 +11,10 @@ from jaxllm.adapt.quantize import QuantizeConfig
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import settings
 from jaxllm.data.config import DataConfig
+from jaxllm.data.sources import TURNS
 from jaxllm.errors import SettingsError, nearest
 from jaxllm.model.spec import Kernels, ModelConfig
+from jaxllm.objectives.dpo import DpoConfig
 from jaxllm.optim.config import OptimConfig
 from jaxllm.optim.scale import Scale, compute_optimal
 from jaxllm.sharding import ParallelConfig
@@ -191,6 +193,8 @@ class RunConfig:
     lora: LoraConfig | None = None
     """Trains low-rank adapters over the weights of train.init, which stay as they are; null trains the weights."""
 
+    dpo: DpoConfig | None = None
+    """Learns which of two answers is preferred (jaxllm dpo); null learns to predict text or answers."""
     qat: QuantizeConfig | None = None
     """Trains the weights for a number format: they are used rounded to nearest, and with activations=int8 forward
     products are integer ones (int8 training); null trains them as they are."""
@@ -198,7 +202,7 @@ class RunConfig:
     @property
     def self_check(self) -> bool:
         """Whether the first batch is looked at."""
-        chat = any(source.format == "chat" for source in self.data.sources)
+        chat = any(source.format in TURNS for source in self.data.sources)
         return chat if self.train.self_check is None else self.train.self_check
 
     @property
@@ -209,6 +213,17 @@ class RunConfig:
         return quantize + qat + ((Change(lora=self.lora),) if self.lora else ())
 
     def __post_init__(self):
+        for source in (*self.data.sources, *self.data.eval_sources):
+            if (source.format == "pairs") != (self.dpo is not None):
+                wanted = "pairs" if self.dpo is not None else "answers that are compared (jaxllm dpo), not text"
+                raise ValueError(f"source {source.name} has format={source.format}, and the run wants {wanted}")
+        if self.dpo is not None and self.train.stages:
+            raise ValueError("dpo: the reference is computed once, for rows of one length; set train.steps, not stages")
+        if self.dpo is not None and (self.train.init is None or self.train.z_loss or self.train.neftune):
+            raise ValueError(
+                f"dpo: train.init={self.train.init}, z_loss={self.train.z_loss}, neftune={self.train.neftune}: it "
+                "starts from a trained model, and would ignore z_loss and neftune"
+            )
         if self.qat is not None and (self.quantize or self.lora):
             raise ValueError("qat trains the weights themselves, and quantize and lora train adapters: set one of them")
         if (self.quantize or self.lora) and self.train.init is None:
@@ -317,6 +332,15 @@ def load_sft(source: str, files: Sequence[str] | None, overrides=()) -> tuple[Ru
     if not is_model and all(one.format != "chat" for one in config.data.sources):
         raise SettingsError(f"{source}: no source holds conversations; set format: chat, or use jaxllm train for text")
     return config, scale
+
+
+def load_dpo(source: str, overrides=()) -> tuple[RunConfig, Scale | None]:
+    """The settings of a run that learns preferences. Raises SettingsError."""
+    raw, _ = settings_of.merge(RunConfig, source, overrides)
+    raw |= {"dpo": raw.get("dpo") or {}, "out": raw.get("out") or f"runs/{Path(source).stem}"}
+    if not (raw.get("train") or {}).get("init"):
+        raise SettingsError(f"{source}: nothing to start from; set train.init to a run, a model folder or a .gguf file")
+    return load_run(raw)
 
 
 #: What the dial derives.

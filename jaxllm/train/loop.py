@@ -4,10 +4,12 @@ files -> token stores -> rows by number -> batches -> step -> metrics, evaluatio
 """
 
 import contextlib
+import functools
 import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxllm import config as settings_of
 from jaxllm import tree
@@ -21,6 +23,7 @@ from jaxllm.data.prepare import prepare
 from jaxllm.data.store import digest
 from jaxllm.errors import CheckpointError, SettingsError
 from jaxllm.model.build import Model, active_parameters, build
+from jaxllm.objectives.dpo import dpo
 from jaxllm.objectives.lm import lm
 from jaxllm.optim.optimizers import make_optimizer
 from jaxllm.optim.schedules import make_schedule
@@ -32,8 +35,10 @@ from jaxllm.train.finish import Result, finish
 from jaxllm.train.folder import RunFolder
 from jaxllm.train.init import Origin, check_trainable, first_weights, origin_of
 from jaxllm.train.metrics import flops_per_token, peak_flops
+from jaxllm.train.preferences import PairCheck, PairEvaluator
 from jaxllm.train.progress import Show
 from jaxllm.train.recorder import Recorder, TrainingStopped
+from jaxllm.train.reference import frozen_model, load_reference, reference_of, save_reference
 from jaxllm.train.selfcheck import Frozen, check_first_batch
 from jaxllm.train.step import TrainState, abstract_state, make_state, make_train_step
 from jaxllm.train.streams import make_streams, renewed
@@ -82,6 +87,7 @@ class Trainer:
         self.fingerprint = digest(sorted((name, store.fingerprint) for name, store in self.stores.items()))
         check_same({"tokenizer": self.tokenizer.hash, "text": self.fingerprint})
         self.streams = make_streams(config.data, self.stages, self.stores)
+        self.objective, self.reference = objective_of(config), {}
         self.total, self.active = active_parameters(config.model, self.plain_model(self.stages[0]).abstract)
         peak = peak_flops(jax.devices()[0].device_kind)
         schedule = make_schedule(config.optim, config.train.total_steps)
@@ -122,12 +128,34 @@ class Trainer:
         key, params = jax.random.key(self.config.train.seed), None
         if self.config.train.init is not None or self.origin.changes:
             params = first_weights(self.origin, self.plain_model(self.stages[0]), self.tokenizer, key)
+        if self.config.dpo is not None:
+            self.take_reference(self.make_reference(params))
         return make_state(self.model, self.tx, key, params=params, **self.options)
+
+    def make_reference(self, params) -> dict[str, np.ndarray]:
+        """Log-probabilities of all pairs under the reference, one pass over the data."""
+        path, stage, model = self.config.dpo.reference, self.stages[0], self.model
+        if jax.process_count() > 1:
+            raise SettingsError(f"dpo runs in one process, not in {jax.process_count()}; set parallel.processes=1")
+        if path is not None:
+            model, params = frozen_model(path, self.sharding, self.tokenizer, "dpo.reference")
+        options = dict(length=stage.seq_len, batch=self.rows_of(stage), truncate=self.config.data.truncate)
+        self.show.say(f"log-probabilities of the reference ({path or 'the weights the run starts from'})")
+        return {name: reference_of(model, params, store, **options) for name, store in self.stores.items()}
+
+    def take_reference(self, reference: dict[str, np.ndarray]) -> None:
+        """Puts them beside the tokens of each source."""
+        self.reference = reference
+        for stream in self.streams:
+            for name, rows in zip(stream.names, stream.sources, strict=True):
+                rows.reference = reference[name]
 
     def go_on(self, restored: Restored) -> TrainState:
         """The restored state; an evaluation that its step was saved before is made up for."""
         state, meta, step = restored
         self.check_meta(meta)
+        if self.config.dpo is not None:
+            self.take_reference(load_reference(self.folder.path, self.stores, self.fingerprint))
         stage = self.stages[meta["position"]["stage"]]
         self.model = self.model_of(stage)
         if self.recorder.resume(meta["best"], meta["since_best"]):
@@ -148,6 +176,8 @@ class Trainer:
     def _open(self, step: int) -> None:
         if not (self.folder.resumed and self.folder.settings.exists()):
             self.folder.write_start(self.tokenizer)
+            if self.reference:
+                save_reference(self.folder.path, self.reference, self.fingerprint)
         self.recorder.open(self.folder.path, step if self.folder.resumed else None)
 
     def run_stage(self, state: TrainState, index: int) -> TrainState:
@@ -161,14 +191,13 @@ class Trainer:
             evaluator, flops = self.evaluator(stage), self.flops_per_token(stage)
             self.open(state)
             self.show.say(self.headline(index))
-            frozen = self.check(state, batch) if self.config.self_check and int(state.step) == 0 else None
+            checks = self.check(state, batch) if self.config.self_check and int(state.step) == 0 else []
             self.recorder.meter.skip()
             for step in range(int(state.step) + 1, end + 1):
                 self.trace.before(step)
                 state, metrics = step_fn(state, batch)
-                if frozen is not None:
-                    self.say_checked(frozen.check(state.params))
-                    frozen = None
+                while checks:
+                    self.say_checked(checks.pop().check(state.params))
                 if step < end:
                     batch = self.model.sharding.batch(next(loader))  # made while the step runs
                 self.recorder.push(
@@ -180,14 +209,22 @@ class Trainer:
                     break
         return state
 
-    def check(self, state: TrainState, batch) -> Frozen | None:
-        """Looks at the rows of the first microbatch. Raises TrainingError."""
+    def check(self, state: TrainState, batch) -> list[Frozen | PairCheck]:
+        """Looks at the rows of the first microbatch; gives what is to be checked after the step.
+
+        Raises TrainingError.
+        """
         if jax.process_count() > 1:
             self.show.say("self-check: left out, since it looks at the rows of one process alone")
-            return None
+            return []
         rows = jax.tree.map(lambda x: x[:: self.config.train.accumulate], batch)
         self.say_checked(check_first_batch(self.model, state.params, rows))
-        return Frozen(state.params, self.trainable)
+        checks: list[Frozen | PairCheck] = [Frozen(state.params, self.trainable)]
+        if self.config.dpo is not None:
+            same = self.config.dpo.reference is None
+            checks.append(PairCheck(self.model, state.params, rows, self.objective, same=same))
+            self.say_checked(checks[-1].found)
+        return checks
 
     def say_checked(self, found: list[str]) -> None:
         for line in found:
@@ -197,7 +234,7 @@ class Trainer:
         """The training step of the current stage. Raises ResourceError when it needs too much memory."""
         step_fn = make_train_step(
             self.model,
-            lambda *args: lm(*args, z_loss=self.config.train.z_loss, neftune=self.config.train.neftune),
+            self.objective,
             self.tx,
             trainable=self.trainable,
             accumulate=self.config.train.accumulate,
@@ -262,11 +299,16 @@ class Trainer:
         where = dict(process=jax.process_index(), processes=jax.process_count())
         return Loader(stream, stage.batch, start=done * stage.batch, prefetch=self.config.data.prefetch, **where)
 
-    def evaluator(self, stage: Stage) -> Evaluator | None:
+    def evaluator(self, stage: Stage) -> Evaluator | PairEvaluator | None:
         stores = {name: self.stores[name] for name in self.config.data.eval_names}
-        rows = stage.batch // self.config.train.accumulate
-        options = dict(seq_len=stage.seq_len, batch=rows, truncate=self.config.data.truncate)
+        options = dict(seq_len=stage.seq_len, batch=self.rows_of(stage), truncate=self.config.data.truncate)
+        if stores and self.config.dpo is not None:
+            return PairEvaluator(self.model, stores, self.reference, self.objective, **options)
         return Evaluator(self.model, stores, **options) if stores else None
+
+    def rows_of(self, stage: Stage) -> int:
+        """Rows of a microbatch."""
+        return stage.batch // self.config.train.accumulate
 
     def meta(self, step: int) -> dict[str, Any]:
         """What a checkpoint says beside its arrays."""
@@ -327,6 +369,13 @@ class Trainer:
             + f"; rows of another length, so from a new epoch of {', '.join(new)}" * bool(new)
             + f"; the model's context becomes {stage.seq_len}" * (stage.seq_len > self.config.model.context)
         )
+
+
+def objective_of(config: RunConfig):
+    """The loss that a run goes by."""
+    if config.dpo is not None:
+        return functools.partial(dpo, config=config.dpo)
+    return functools.partial(lm, z_loss=config.train.z_loss, neftune=config.train.neftune)
 
 
 def check_batch(stage: Stage, accumulate: int, sharding: Sharding) -> None:

@@ -20,6 +20,10 @@ from jaxllm.train.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Wr
 log = logging.getLogger("jaxllm")
 
 
+#: What is said beside a held-out loss.
+BESIDE = {"bits_per_byte": "bits per byte", "heldout_accuracy": "of the pairs in the right order"}
+
+
 class TrainingStopped(UserError):
     """The run cannot go on: too many non-finite gradients in a row."""
 
@@ -74,7 +78,8 @@ class Recorder:
         self._write(step, {"tokens": tokens, **found})
         of = SAMPLE if LOSS + SAMPLE in found else ""
         where = "on a sample of the held-out rows: " if of else "held-out "
-        self.show.say(f"step {step}: {where}loss {loss_of(found):.4f}, {found['bits_per_byte' + of]:.4f} bits per byte")
+        more = [f", {found[key + of]:.4f} {name}" for key, name in BESIDE.items() if key + of in found]
+        self.show.say(f"step {step}: {where}loss {loss_of(found):.4f}{''.join(more)}")
 
     def evaluated(self, step: int, tokens: int, found: dict[str, float]) -> bool:
         """Takes a held-out evaluation, always of the same rows; True when the run should stop early."""

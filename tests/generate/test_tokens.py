@@ -66,7 +66,7 @@ def test_rows_with_all_options_do_not_depend_on_their_batch_mates(dense):
 
 
 def test_new_numbers_prompts_and_stop_ids_compile_nothing(dense):
-    """Two loops are compiled, without and with penalties; what changes between calls are arrays (32 stop ids at most)."""
+    """Two loops are compiled, without and with penalties; what changes between calls are arrays (32 stop ids)."""
     model, params = dense.model, unstack(dense.params)
     run = decode.compiled(model.config, model.sharding, model.kernels)
     generate(model, params, PROMPTS, max_tokens=10)

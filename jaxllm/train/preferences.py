@@ -1,0 +1,79 @@
+"""Held-out preferences, and the self-check of a run that learns them."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+
+from jaxllm.data.loader import Loader
+from jaxllm.data.pack import Rows
+from jaxllm.data.store import TokenStore
+from jaxllm.errors import TrainingError
+from jaxllm.model.build import Model, Params
+from jaxllm.train.evaluate import LOSS, SAMPLE, Spread
+from jaxllm.train.selfcheck import NEXT
+from jaxllm.train.step import make_eval_step
+
+
+class PairEvaluator:
+    """Evaluates weights on held-out pairs: loss, accuracy, margin and rewards, means over the pairs."""
+
+    def __init__(
+        self, model: Model, stores: Mapping[str, TokenStore], reference, objective, *, seq_len, batch, truncate
+    ):
+        self.model, self.batch, self.step = model, batch, make_eval_step(model, objective)
+        self.rows = {name: Rows(store, seq_len, shuffle=False, truncate=truncate) for name, store in stores.items()}
+        for name, rows in self.rows.items():
+            rows.reference = reference[name]
+
+    def samples(self, rows: int | None) -> bool:
+        """Whether at most so many rows of each store leave some out."""
+        return rows is not None and any(rows < each.per_epoch for each in self.rows.values())
+
+    def __call__(self, params: Params, *, rows: int | None = None, progress=None) -> dict[str, float]:
+        """`heldout_loss` (nats a pair), `heldout_accuracy`, `heldout_margin`, ..., over all stores together."""
+        sums: dict[str, float] = {}
+        for each in self.rows.values():
+            stop = min(each.per_epoch, rows or each.per_epoch)
+            processes = dict(process=jax.process_index(), processes=jax.process_count())
+            loader = Loader(Spread(each, stop), self.batch, stop=stop, prefetch=1, **processes)
+            for batch in loader:
+                found = jax.device_get(self.step(params, self.model.sharding.batch(batch)))
+                sums = {key: sums.get(key, 0.0) + float(value) for key, value in found.items()}
+                if progress is not None:
+                    progress(min(loader.position, stop), stop)
+            loader.close()
+        count, of = sums.pop("targets"), SAMPLE if self.samples(rows) else ""
+        loss = sums.pop("loss") / count
+        return {LOSS + of: loss} | {f"heldout_{key}{of}": value / count for key, value in sums.items()}
+
+
+class PairCheck:
+    """Whether the reference is the model that a run starts from, and stays where it is while the policy moves."""
+
+    def __init__(self, model: Model, params: Params, batch, objective, *, same: bool):
+        """`same`: whether the reference is meant to be these very weights."""
+        self.step, self.batch = make_eval_step(model, objective), batch
+        loss, self.margin = self._measure(params)
+        if same and abs(loss - math.log(2)) > 1e-3:
+            raise TrainingError(
+                f"self-check: before the first step the loss of a pair is {loss:.4f}, and where the policy is the "
+                f"reference it is log 2 = {math.log(2):.4f}: the reference is not the model that the run starts from; "
+                f"{NEXT}"
+            )
+        self.found = [f"the loss before the first step is {loss:.4f} (log 2 where the policy is the reference)"]
+
+    def check(self, params: Params) -> list[str]:
+        """Raises TrainingError where the first step has left the margin as it was."""
+        _, margin = self._measure(params)
+        if margin == self.margin:
+            raise TrainingError(
+                f"self-check: the first step has left the margin between the answers at {margin:.6f}: the reference "
+                f"moves with the policy, or nothing is learnt; {NEXT}"
+            )
+        return ["the first step has moved the policy away from the reference"]
+
+    def _measure(self, params: Params) -> tuple[float, float]:
+        found = jax.device_get(self.step(params, self.batch))
+        count = max(float(found["targets"]), 1.0)
+        return float(found["loss"]) / count, float(found["margin"]) / count
