@@ -11,13 +11,15 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax
 import psutil
 import pytest
 import small
+import tiny
 import yaml
 
 import jaxllm.demo
-from jaxllm import cli
+from jaxllm import api, cli
 from jaxllm.checkpoint import Preemption
 from jaxllm.errors import SettingsError
 from jaxllm.train import loop, runs
@@ -251,11 +253,27 @@ def test_data_that_changed_since_the_checkpoint_is_refused(finished, corpus, ref
     refused(["the data of run has changed since its checkpoints"], "train", "run/settings.yaml", "--quiet")
 
 
+def test_export_writes_what_loads_as_the_same_model(finished, refused, tmp_path, capsys):
+    wanted = jax.device_get(api.load(finished.folder).params)
+    for to, name in (("hf", "folder"), ("gguf", "a.gguf")):
+        assert cli.main(["export", str(finished.folder), "--to", to, "--out", str(tmp_path / name)]) == 0
+        assert "a llama model in float32" in capsys.readouterr().out
+        assert tiny.bit_equal(api.load(tmp_path / name).params, wanted)
+    smaller = ["--to", "gguf", "--out", tmp_path / "b.gguf", "--dtype"]
+    assert cli.main(["export", str(finished.folder), *map(str, smaller), "q8_0"]) == 0
+    assert (tmp_path / "b.gguf").stat().st_size < (tmp_path / "a.gguf").stat().st_size
+    refused(
+        ["dtype='int3': known are f32"], "export", finished.folder, *smaller[:3], tmp_path / "c.gguf", "--dtype", "int3"
+    )
+
+
 def test_generate_refuses_prompts_it_cannot_take(finished, refused, monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"caf\xe9")))
     refused(["standard input: not UTF-8 at byte 3"], "generate", finished.folder, "--prompt", "-")
     refused(["surrogate"], "generate", finished.folder, "--prompt", "caf\udce9")
-    refused(["passes the model's context of 64"], "generate", finished.folder, "--prompt", "wizard " * 60)
+    long = "wizard " * 60
+    words = [f"has {len(finished.tokenizer.encode(long, bos=True))} tokens", "passes the model's context of 64"]
+    refused(words, "generate", finished.folder, "--prompt", long)
     refused(["temperature"], "generate", finished.folder, "--prompt", "x", "--temperature=-1", "--max-tokens", 5)
     refused(["holds no extra/ema"], "generate", finished.folder, "--prompt", "x", "--ema")
 

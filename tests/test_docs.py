@@ -109,13 +109,22 @@ def test_the_commands_for_published_models_run(monkeypatch, tmp_path, capsys):
         pytest.skip("no models; scripts/fetch_models.sh gets them")
     monkeypatch.setenv("JAXLLM_LAUNCH", "0")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("builtins.input", lambda *_: "/exit")
+    generated, chat = blocks(ROOT / "README.md", "text")[:2]
+    typed = iter([line.removeprefix("> ") for line in chat.splitlines() if line.startswith("> ")])
+
+    def read(prompt):
+        line = next(typed)
+        print(prompt + line)
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
     lines = next(text for text in blocks(ROOT / "README.md", "sh") if "models/" in text).splitlines()
     for line in lines[1:]:
         words = [word.replace("models/", f"{models}/") for word in shlex.split(line, comments=True)[1:]]
         assert cli.main(words) == 0, (words, capsys.readouterr().err)
-    said = " ".join(blocks(ROOT / "README.md", "text")[0].split())
-    assert said in " ".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    assert " ".join(generated.split()) in " ".join(shown.split())
+    assert chat in shown
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Verbs that measure speed."""
+"""Verbs that measure speed and memory."""
 
 import logging
 
@@ -6,7 +6,7 @@ from jaxllm.cli.common import new_verb
 
 
 def add_bench(verbs):
-    verbs = new_verb(verbs, "bench", "measure speed").add_subparsers(metavar="VERB", required=True)
+    verbs = new_verb(verbs, "bench", "measure speed and memory").add_subparsers(metavar="VERB", required=True)
     verb = new_verb(
         verbs, "train", "tokens/s, memory and compile time of real training steps", bench_train, "bench train"
     )
@@ -21,6 +21,18 @@ def add_bench(verbs):
     verb.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="rows at a time (default: 1 8)")
     verb.add_argument("--dtype", default="float32", help="of a published model's weights (default float32)")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    verb = new_verb(verbs, "load", "memory of the host and time that loading takes", bench_load, "bench load")
+    verb.set_defaults(launch=logging.DEBUG)
+    verb.add_argument("model", metavar="MODEL_DIR", help="Hugging Face folder or .gguf file")
+    verb.add_argument("--dtype", default="float32", help="of the weights (default float32)")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def bench_load(args) -> None:
+    from jaxllm.bench_load import bench_load
+
+    bench_load(args.model, dtype=args.dtype, json=args.json)
 
 
 def bench_generate(args) -> None:

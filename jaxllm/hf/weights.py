@@ -156,12 +156,18 @@ def _place(whole, piece: np.ndarray, index: tuple[int, ...], leaf: jax.ShapeDtyp
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[len(index) :]))
     elif piece.shape != leaf.shape:  # rows that pad the vocabulary
         piece = np.pad(piece, [(0, n - m) for n, m in zip(leaf.shape, piece.shape, strict=True)])
-    made = jax.make_array_from_callback(piece.shape, sharding, lambda at: np.ascontiguousarray(piece[at], dtype))
+    made = jax.make_array_from_callback(piece.shape, sharding, lambda at: _owned(piece[at], dtype))
     if not index:
         return made
     if whole is None:
         whole = jax.jit(lambda: jnp.zeros(leaf.shape, dtype), out_shardings=leaf.sharding)()
     return _set(leaf.sharding)(whole, made, np.asarray(index, np.int32))
+
+
+def _owned(piece: np.ndarray, dtype) -> np.ndarray:
+    """In memory that is not a file's: jax on CPU may keep what it is given, and a file can be written over."""
+    whole = np.ascontiguousarray(piece, dtype)
+    return whole if whole.flags.writeable else whole.copy()  # what is read-only is still the map
 
 
 @functools.cache

@@ -10,10 +10,11 @@ import pytest
 import safetensors.numpy
 
 from jaxllm import tree
+from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DataError, SettingsError
 from jaxllm.hf.export import cast, write_shards
 from jaxllm.hf.folder import is_folder, open_folder
-from jaxllm.hf.safetensors import INDEX, SINGLE, read_header
+from jaxllm.hf.safetensors import INDEX, SINGLE, Tensors, read_header
 from jaxllm.hf.weights import write
 from jaxllm.parity.tensors import random_model
 from jaxllm.parity.tiny import VARIANTS
@@ -77,6 +78,21 @@ def test_shards_and_devices_change_no_bit(tmp_path):
     assert equal(padded, whole)
 
 
+def test_weights_are_no_longer_the_file(tmp_path):
+    """jax on CPU would keep aligned memory as it is, a file's too, and weights would change with it."""
+    folder, _ = save(tmp_path / "x")
+    edit_header(folder, lambda header: None, align=64)
+    one = make_sharding(ParallelConfig(data=1, fsdp=1), devices=jax.devices()[:1])  # it takes whole tensors
+    _, params = open_folder(folder).load(one)
+    before = leaves(jax.tree.map(np.array, params))
+    start = min(entry.start for entry in read_header(folder / SINGLE).values())
+    with (folder / SINGLE).open("r+b") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(start)
+        stream.write(bytes(size - start))
+    assert equal(leaves(params), before)
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
 def test_stored_dtypes_are_read_exactly(dtype, tmp_path):
     folder, tensors = save(tmp_path / "x", change=lambda t: {name: x.astype(dtype) for name, x in t.items()})
@@ -124,13 +140,15 @@ def test_a_tied_head_that_is_another_matrix_is_refused(tmp_path):
         open_folder(folder).load()
 
 
-def edit_header(folder, change):
+def edit_header(folder, change, align=1):
+    """Rewrites the header of a folder's only file; spaces after it align the data."""
     path = folder / SINGLE
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     change(header)
     text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % align)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
@@ -155,6 +173,30 @@ def test_a_header_that_does_not_fit_its_file_is_refused(name, tmp_path):
     edit_header(folder, change)
     with pytest.raises(DataError, match=message):
         open_folder(folder).load()
+
+
+def test_a_mutated_header_is_refused_or_describes_what_is_in_the_file(tmp_path):
+    folder, tensors = save(tmp_path / "x")
+    good, rng, refused = (folder / SINGLE).read_bytes(), np.random.default_rng(0), 0
+    length = int.from_bytes(good[:8], "little")
+    for _ in range(200):
+        data, at = bytearray(good), int(rng.integers(0, 8 + length))
+        data[at] = rng.integers(0, 256)
+        (folder / SINGLE).write_bytes(data)
+        try:
+            found = {name: entry.map() for name, entry in Tensors(folder).items()}
+        except DataError as error:
+            refused += SINGLE in str(error)
+        else:
+            assert sum(x.nbytes for x in found.values()) <= len(good)
+    assert refused > 100
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    folder, _ = save(tmp_path / "x")
+    Tokenizer.train(["the quick brown fox jumps over the lazy dog 0123456789 " * 40], 310).save(folder)
+    with pytest.raises(DataError, match="tokenizer has 310 ids and the embedding 97 rows; they are not of one model"):
+        open_folder(folder).tokenizer()
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 100, 5000])

@@ -3,8 +3,10 @@
 `scripts/fetch_models.sh` gets both; the references are in real_models.json.
 """
 
+import hashlib
 import json
 import os
+import pydoc_data.topics
 from pathlib import Path
 
 import jax
@@ -12,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.evals.score import Pair, loglikelihoods
 from jaxllm.hf.gguf import open_gguf
 from jaxllm.hf.gguf_export import export_gguf
 from jaxllm.hf.gguf_file import read_gguf
+from jaxllm.sharding import ParallelConfig, make_sharding
 
 pytestmark = pytest.mark.real_models
 MODELS = Path(os.environ.get("JAXLLM_MODELS", Path(__file__).parents[2] / "models"))
@@ -32,7 +36,8 @@ def path(name: str) -> Path:
 @pytest.fixture(scope="module", params=list(FILES))
 def opened(request):
     file = open_gguf(path(request.param))
-    return request.param, file, *file.load()
+    one = make_sharding(ParallelConfig(data=1, fsdp=1), devices=jax.devices()[:1])
+    return request.param, file, *file.load(one)
 
 
 def logprobs(model, params, ids, last: int):
@@ -55,6 +60,29 @@ def test_next_tokens_are_those_of_transformers(opened):
         clear = np.asarray(prompt["margins"]) > 0.02
         assert clear.sum() > n / 2
         assert np.array_equal(found.argmax(-1)[clear], np.asarray(greedy)[clear])
+
+
+def reference_windows(tokenizer):
+    """The 20 x 1,023 ids of the reference, cut from text that this Python brings."""
+    topics, wanted = pydoc_data.topics.topics, REFERENCE["perplexity"]
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics, key=str.lower))
+    if hashlib.sha256(text.encode()).hexdigest() != wanted["text_sha256"]:
+        pytest.skip("another Python has other topics than 3.11.7, of which the reference is")
+    ids = np.asarray(tokenizer.encode(text[:110_000])[: 20 * 1023], "<i4")
+    at, changed = wanted["changed"]
+    ids[at : at + len(changed)] = changed
+    assert hashlib.sha256(ids.tobytes()).hexdigest() == wanted["ids_sha256"]
+    return ids.reshape(20, 1023)
+
+
+@pytest.mark.parametrize("opened", ["gemma3"], indirect=True)
+def test_the_perplexity_is_that_of_transformers(opened):
+    _, file, model, params = opened
+    tokenizer, wanted = file.tokenizer(), REFERENCE["perplexity"]
+    pairs = [Pair([tokenizer.bos], row.tolist()) for row in reference_windows(tokenizer)]
+    nll = [-score.logprob / score.tokens for score in loglikelihoods(model, params, pairs, batch=1)]
+    np.testing.assert_allclose(nll, wanted["nll"], rtol=0, atol=2e-4)
+    assert np.exp(np.mean(nll)) == pytest.approx(wanted["perplexity"], rel=1e-3)
 
 
 def test_the_tokenizer_gives_the_ids_of_transformers(opened):
