@@ -57,6 +57,21 @@ def dpo(args) -> int:
     return _run(args, *load_dpo(args.config, args.overrides))
 
 
+def add_distill(verbs):
+    help = "train a student on text and on what a teacher with the same tokenizer says of it"
+    verb = new_verb(verbs, "distill", help, distill, launch=logging.INFO)
+    verb.add_argument("config", metavar="RUN.yaml", help="settings file, or the name of a shipped one (configs/runs)")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    verb.add_argument("--print-config", action="store_true", help="show all settings, resolved, with their meaning")
+    verb.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def distill(args) -> int:
+    from jaxllm.train.config import load_distill
+
+    return _run(args, *load_distill(args.config, args.overrides))
+
+
 def _run(args, settings, scale) -> int:
     from jaxllm import config
 

@@ -23,3 +23,7 @@ class TokenBatch:
     """int32, 0 is padding"""
     reference_BT: jax.Array | np.ndarray | None = None
     """float32: log-probabilities of the targets under a frozen model, where an objective wants them"""
+    top_ids_BTN: jax.Array | None = None
+    """int32: a teacher's most likely tokens"""
+    top_logprobs_BTN: jax.Array | None = None
+    """float32: and their log-probabilities"""

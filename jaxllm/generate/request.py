@@ -13,6 +13,8 @@ from jaxllm.errors import SettingsError
 from jaxllm.generate import decode
 from jaxllm.generate.params import column
 from jaxllm.model.build import Model, Params, check_tokens
+from jaxllm.model.change import weights_of
+from jaxllm.weights.lora import Lora
 
 NOT_FINITE = "the model's logits are not finite: its weights hold NaN or infinity, or its dtype overflows"
 
@@ -27,9 +29,11 @@ class Request:
     stops: list[list[int]]
     """Tokens that end each prompt's rows."""
     banned_V: np.ndarray
+    adapters_P: np.ndarray | None
+    """The adapter of each prompt, -1 for none; None where the weights do not hold several."""
 
     def stop_PE(self) -> np.ndarray:
-        """The stop tokens as an array with -1 for none: 32 places, or a higher power of two for more (compiled anew)."""
+        """The stop tokens as an array with -1 for none: 32 places; a higher power of two for more is compiled anew."""
         width = decode.power_of_two(max(map(len, self.stops)), 32)
         return np.array([[*ids, *[-1] * (width - len(ids))] for ids in self.stops], np.int32)
 
@@ -38,16 +42,23 @@ class Request:
         pairs = [(self.prompts[p][-1], len(self.prompts[p]) - 1) for p in source_B]
         return tuple(np.array(pairs, np.int32).T)
 
+    def adapters(self, source_B: np.ndarray) -> np.ndarray | None:
+        """The adapter of each row."""
+        return None if self.adapters_P is None else self.adapters_P[source_B]
+
     def read(self, model: Model, params: Params, source_B: np.ndarray, copies: int) -> decode.Cache:
         """A cache in which row b has read the prompt `source_B[b]`, all but its last token; each is read once."""
-        rows = padded_rows(model, len(self.prompts))
-        cache = decode.prefill(model, params, self.prompts, rows, self.max_P)
+        reading_B = sources(model, len(self.prompts), 1)[0]
+        rows, adapters_B = len(reading_B), self.adapters(reading_B)
+        cache = decode.prefill(model, params, self.prompts, rows, self.max_P, adapters_B)
         if copies == 1:
             return cache
         return decode.compiled(model.config, model.sharding, model.kernels).spread(cache, source_B)
 
 
-def check_request(model: Model, prompts, *, max_tokens, min_tokens=0, stop_ids=(), banned_ids=()) -> Request:
+def check_request(
+    model: Model, prompts, *, max_tokens, min_tokens=0, stop_ids=(), banned_ids=(), adapters=None
+) -> Request:
     """Raises SettingsError for an empty or too long prompt, an id outside the vocabulary, or a length out of range."""
     if not len(prompts):
         raise SettingsError("no prompt given")
@@ -71,7 +82,22 @@ def check_request(model: Model, prompts, *, max_tokens, min_tokens=0, stop_ids=(
         raise SettingsError(f"all {model.config.vocab} ids of the vocabulary are {why}; allow at least one")
     banned_V = np.arange(model.config.padded_vocab) >= model.config.vocab
     banned_V[list(banned_ids)] = True
-    return Request(prompts, max_P, min_P, stops, banned_V)
+    return Request(prompts, max_P, min_P, stops, banned_V, _check_adapters(model, adapters, len(prompts)))
+
+
+def _check_adapters(model: Model, adapters, prompts: int) -> np.ndarray | None:
+    held = next((w.adapters for w in weights_of(model.abstract).values() if isinstance(w, Lora) and w.several), None)
+    if (adapters is None) != (held is None):
+        what = "does not hold several adapters" if held is None else f"holds {held} adapters"
+        raise SettingsError(f"adapters={adapters}: the model {what}; give one number for each prompt where it does")
+    if adapters is None:
+        return None
+    chosen_P = np.asarray(adapters)
+    if chosen_P.shape != (prompts,) or not all(x in range(-1, held) for x in chosen_P.tolist()):
+        raise SettingsError(
+            f"adapters={adapters}: give a number from 0 to {held - 1} for each of the {prompts} prompts, -1 for none"
+        )
+    return chosen_P.astype(np.int32)
 
 
 def _check_prompt(model: Model, i: int, prompt, max_tokens: int) -> None:

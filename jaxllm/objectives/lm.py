@@ -36,13 +36,17 @@ def lm(model: Model, params: Params, batch: TokenBatch, key=None, *, z_loss: flo
     mask_BT = batch.mask_BT.astype(jnp.float32)
     count = jnp.sum(mask_BT)
     loss, ce = cross_entropy(model, model.head(params), hidden_BTD, batch.targets_BT, mask_BT, z_loss)
-    metrics = {"ce": ce}
-    if aux:
-        count_B = jnp.sum(mask_BT, axis=1)
-        loss = loss + jnp.sum(count_B * aux["loss_B"])
-        metrics |= {name[:-2]: jnp.sum(count_B * aux[name]) for name in ("balance_B", "router_z_B", "dropped_B")}
-        metrics["load"] = aux["load"]
-    return loss, count, metrics
+    more, metrics = router_losses(aux, mask_BT)
+    return loss + more, count, {"ce": ce} | metrics
+
+
+def router_losses(aux, mask_BT) -> tuple[jax.Array | float, Metrics]:
+    """`(loss, metrics)` of the experts, weighed by each row's targets; `(0, {})` where there are none."""
+    if not aux:
+        return 0.0, {}
+    count_B = jnp.sum(mask_BT, axis=1)
+    metrics = {name[:-2]: jnp.sum(count_B * aux[name]) for name in ("balance_B", "router_z_B", "dropped_B")}
+    return jnp.sum(count_B * aux["loss_B"]), metrics | {"load": aux["load"]}
 
 
 def cross_entropy(model: Model, head, hidden_BTD, targets_BT, mask_BT, z_loss: float = 0.0):

@@ -14,11 +14,12 @@ from jaxllm.data.config import DataConfig
 from jaxllm.data.sources import TURNS
 from jaxllm.errors import SettingsError, nearest
 from jaxllm.model.spec import Kernels, ModelConfig
+from jaxllm.objectives.distill import DistillConfig
 from jaxllm.objectives.dpo import DpoConfig
 from jaxllm.optim.config import OptimConfig
 from jaxllm.optim.scale import Scale, compute_optimal
 from jaxllm.sharding import ParallelConfig
-from jaxllm.train.init import take_over
+from jaxllm.train.init import take_over, tokenizer_at
 
 
 @settings
@@ -195,6 +196,8 @@ class RunConfig:
 
     dpo: DpoConfig | None = None
     """Learns which of two answers is preferred (jaxllm dpo); null learns to predict text or answers."""
+    distill: DistillConfig | None = None
+    """Learns from a teacher's distribution beside the text (jaxllm distill); null learns from the text alone."""
     qat: QuantizeConfig | None = None
     """Trains the weights for a number format: they are used rounded to nearest, and with activations=int8 forward
     products are integer ones (int8 training); null trains them as they are."""
@@ -217,6 +220,8 @@ class RunConfig:
             if (source.format == "pairs") != (self.dpo is not None):
                 wanted = "pairs" if self.dpo is not None else "answers that are compared (jaxllm dpo), not text"
                 raise ValueError(f"source {source.name} has format={source.format}, and the run wants {wanted}")
+        if self.distill is not None and (self.dpo is not None or self.train.z_loss or self.train.neftune):
+            raise ValueError("distill has an objective of its own and would ignore dpo, train.z_loss and train.neftune")
         if self.dpo is not None and self.train.stages:
             raise ValueError("dpo: the reference is computed once, for rows of one length; set train.steps, not stages")
         if self.dpo is not None and (self.train.init is None or self.train.z_loss or self.train.neftune):
@@ -340,6 +345,20 @@ def load_dpo(source: str, overrides=()) -> tuple[RunConfig, Scale | None]:
     raw |= {"dpo": raw.get("dpo") or {}, "out": raw.get("out") or f"runs/{Path(source).stem}"}
     if not (raw.get("train") or {}).get("init"):
         raise SettingsError(f"{source}: nothing to start from; set train.init to a run, a model folder or a .gguf file")
+    return load_run(raw)
+
+
+def load_distill(source: str, overrides=()) -> tuple[RunConfig, Scale | None]:
+    """The settings of a run that learns from a teacher, whose tokenizer it takes. Raises SettingsError."""
+    raw, _ = settings_of.merge(RunConfig, source, overrides)
+    teacher = (raw.get("distill") or {}).get("teacher")
+    if not teacher:
+        raise SettingsError(
+            f"{source}: nobody to learn from; set distill.teacher to a run, a model folder or .gguf file"
+        )
+    data = raw.get("data") or {}
+    raw |= {"data": data if data.get("tokenizer") else data | {"tokenizer": tokenizer_at(teacher)}}
+    raw |= {"out": raw.get("out") or f"runs/{Path(source).stem}"}
     return load_run(raw)
 
 

@@ -97,9 +97,13 @@ def take_over(raw: dict) -> dict:
         return raw
     else:
         theirs = config_of(read_meta(init)[1], init)
-    folder = init if published is not None else str(tokenizer_folder(init))
-    own = {} if "vocab" in data else {"tokenizer": folder}
+    own = {} if "vocab" in data else {"tokenizer": tokenizer_at(init)}
     return raw | {"model": settings_of.to_dict(theirs) | model, "data": own | data}
+
+
+def tokenizer_at(path: str) -> str:
+    """Where the tokenizer of a run or a published model lies."""
+    return path if open_published(path) is not None else str(tokenizer_folder(path))
 
 
 def _check(init: str, their_tokenizer: str, tokenizer: Tokenizer, theirs: ModelConfig, ours: ModelConfig) -> None:

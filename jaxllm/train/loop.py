@@ -23,6 +23,7 @@ from jaxllm.data.prepare import prepare
 from jaxllm.data.store import digest
 from jaxllm.errors import CheckpointError, SettingsError
 from jaxllm.model.build import Model, active_parameters, build
+from jaxllm.objectives.distill import distill
 from jaxllm.objectives.dpo import dpo
 from jaxllm.objectives.lm import lm
 from jaxllm.optim.optimizers import make_optimizer
@@ -42,6 +43,7 @@ from jaxllm.train.reference import frozen_model, load_reference, reference_of, s
 from jaxllm.train.selfcheck import Frozen, check_first_batch
 from jaxllm.train.step import TrainState, abstract_state, make_state, make_train_step
 from jaxllm.train.streams import make_streams, renewed
+from jaxllm.train.teacher import Teacher
 from jaxllm.train.trace import Trace
 
 
@@ -87,7 +89,9 @@ class Trainer:
         self.fingerprint = digest(sorted((name, store.fingerprint) for name, store in self.stores.items()))
         check_same({"tokenizer": self.tokenizer.hash, "text": self.fingerprint})
         self.streams = make_streams(config.data, self.stages, self.stores)
-        self.objective, self.reference = objective_of(config), {}
+        self.objective, self.reference, self.teacher = objective_of(config), {}, None
+        if config.distill is not None:
+            self.teacher = Teacher(config.distill, config.model, self.sharding, self.tokenizer)
         self.total, self.active = active_parameters(config.model, self.plain_model(self.stages[0]).abstract)
         peak = peak_flops(jax.devices()[0].device_kind)
         schedule = make_schedule(config.optim, config.train.total_steps)
@@ -186,7 +190,10 @@ class Trainer:
         self.model = self.model_of(stage)
         end, tokens = self.first_step(index) + stage.steps, stage.batch * stage.seq_len
         with contextlib.closing(self.loader(index, done=int(state.step) - self.first_step(index))) as loader:
-            batch = self.model.sharding.batch(next(loader))
+            if self.teacher is not None:
+                stream = self.streams[index]
+                self.teacher.open_cache(stream.fingerprint, stage.steps * stage.batch, stage.seq_len)
+            batch = self.next_batch(loader)
             step_fn = self.compile(state, batch)
             evaluator, flops = self.evaluator(stage), self.flops_per_token(stage)
             self.open(state)
@@ -199,7 +206,7 @@ class Trainer:
                 while checks:
                     self.say_checked(checks.pop().check(state.params))
                 if step < end:
-                    batch = self.model.sharding.batch(next(loader))  # made while the step runs
+                    batch = self.next_batch(loader)  # made while the step runs
                 self.recorder.push(
                     step, metrics, tokens=tokens, flops=flops * tokens, tokens_in_all=self.tokens_at(step)
                 )
@@ -225,6 +232,12 @@ class Trainer:
             checks.append(PairCheck(self.model, state.params, rows, self.objective, same=same))
             self.say_checked(checks[-1].found)
         return checks
+
+    def next_batch(self, loader: Loader):
+        """The next rows on the devices, with what a teacher says of them."""
+        row = loader.position
+        batch = self.model.sharding.batch(next(loader))
+        return batch if self.teacher is None else self.teacher(batch, row)
 
     def say_checked(self, found: list[str]) -> None:
         for line in found:
@@ -375,6 +388,8 @@ def objective_of(config: RunConfig):
     """The loss that a run goes by."""
     if config.dpo is not None:
         return functools.partial(dpo, config=config.dpo)
+    if config.distill is not None:
+        return functools.partial(distill, config=config.distill)
     return functools.partial(lm, z_loss=config.train.z_loss, neftune=config.train.neftune)
 
 

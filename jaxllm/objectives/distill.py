@@ -1,0 +1,91 @@
+"""Distillation: a student learns the distribution of a teacher (Hinton et al. 2015, arXiv 1503.02531).
+
+The teacher's most likely tokens come with the batch; all others are one event, so that the divergence is that of two
+proper distributions, and the full one where all tokens are given.
+
+Shapes: B batch, T position, D embed, V vocab, N tokens given, C chunks of the sequence, J positions of a chunk.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import settings
+from jaxllm.data.batch import TokenBatch
+from jaxllm.model.build import Model, Params
+from jaxllm.objectives.lm import chunks_of, join, router_losses, split
+from jaxllm.weights.bind import bind
+
+
+@settings
+class DistillConfig:
+    """Distillation from a teacher with the same vocabulary."""
+
+    teacher: str
+    """Run, model folder or .gguf file."""
+    weight: float = 0.5
+    """Of the divergence from the teacher; the cross-entropy of the text has the rest."""
+    temperature: float = 1.0
+    """Of both distributions in the divergence, which is then multiplied by its square."""
+    top_k: int = 64
+    """The teacher's most likely tokens that are compared one by one; the others count as one."""
+    cache: str | None = None
+    """Folder that keeps what the teacher says of each row, for other runs on the same rows; null keeps nothing."""
+
+    def __post_init__(self):
+        if not 0 < self.weight <= 1 or self.temperature <= 0 or self.top_k < 1:
+            raise ValueError(
+                f"weight={self.weight}, temperature={self.temperature}, top_k={self.top_k}: must lie in (0, 1], be "
+                "above 0, and at least 1"
+            )
+
+
+def distill(model: Model, params: Params, batch: TokenBatch, key=None, *, config: DistillConfig):
+    """`(loss_sum, count, metrics)` over the targets that the mask chooses; metrics are sums over them.
+
+    loss = (1 - w) ce + w t^2 KL(teacher_t || student_t), section 2, with w weight and t temperature.
+    """
+    params = bind(params, key=key)
+    where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
+    hidden_BTD, _, aux = model.apply(params, batch.tokens_BT, **where, key=key)
+    head, mask_BT = model.head(params), batch.mask_BT.astype(jnp.float32)
+
+    @jax.checkpoint  # logits of a chunk are computed again in the backward pass
+    def body(total, chunk):
+        hidden, targets, mask, ids, logprobs = chunk
+        logits = model.unembed(head, hidden)
+        ce = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        kl = divergence(logits, ids, logprobs, config.temperature)
+        return jax.tree.map(jnp.add, total, (jnp.sum(ce * mask), jnp.sum(kl * mask))), None
+
+    given = (hidden_BTD, batch.targets_BT, mask_BT, batch.top_ids_BTN, batch.top_logprobs_BTN)
+    xs = tuple(split(x, chunks_of(model, hidden_BTD.shape)) for x in given)
+    ce, kl = jax.lax.scan(body, (jnp.zeros(()), jnp.zeros(())), xs)[0]
+    loss = (1 - config.weight) * ce + config.weight * config.temperature**2 * kl
+    more, metrics = router_losses(aux, mask_BT)
+    return loss + more, jnp.sum(mask_BT), {"ce": ce, "kl": kl} | metrics
+
+
+def divergence(logits_BJV, ids_BJN, logprobs_BJN, temperature: float) -> jax.Array:
+    """`KL(teacher || student)` at each position, over N tokens and the event of any other; nats."""
+    student_BJV = jax.nn.log_softmax(logits_BJV / temperature)
+    student_BJN = jnp.take_along_axis(student_BJV, ids_BJN, axis=-1)
+    p_BJN = jnp.exp(logprobs_BJN)
+    top_BJ = jnp.sum(p_BJN * (logprobs_BJN - student_BJN), axis=-1)
+    rest_p = jnp.maximum(1 - jnp.sum(p_BJN, axis=-1), 0)
+    rest_q = jnp.maximum(1 - jnp.sum(jnp.exp(student_BJN), axis=-1), 1e-7)
+    return top_BJ + jnp.where(rest_p > 1e-6, rest_p * (jnp.log(jnp.maximum(rest_p, 1e-7)) - jnp.log(rest_q)), 0.0)
+
+
+def teach(model: Model, params: Params, batch: TokenBatch, *, config: DistillConfig) -> tuple[jax.Array, jax.Array]:
+    """`(top_ids_BTN, top_logprobs_BTN)`: what a teacher says of each position, int32 and float32."""
+    where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
+    hidden_BTD, _, _ = model.apply(params, batch.tokens_BT, **where)
+    head, count = model.head(params), min(config.top_k, model.config.vocab)
+
+    def body(_, hidden):
+        logprobs = jax.nn.log_softmax(model.unembed(head, hidden) / config.temperature)
+        top, ids = jax.lax.top_k(logprobs, count)
+        return None, (ids, top)
+
+    found = jax.lax.scan(body, None, split(hidden_BTD, chunks_of(model, hidden_BTD.shape)))[1]
+    return jax.tree.map(join, found)

@@ -1,0 +1,99 @@
+"""What a teacher says of each batch: its most likely tokens, computed or read from a folder that keeps them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxllm.checkpoint import read_meta
+from jaxllm.data.batch import TokenBatch
+from jaxllm.data.shards import digest
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.errors import DataError, SettingsError
+from jaxllm.hf.open import open_published
+from jaxllm.model.spec import ModelConfig
+from jaxllm.objectives.distill import DistillConfig, teach
+from jaxllm.sharding import Sharding
+from jaxllm.train.reference import frozen_model
+
+
+class Teacher:
+    """Completes batches; the model is only loaded where the cache does not know a row."""
+
+    def __init__(self, config: DistillConfig, student: ModelConfig, sharding: Sharding, tokenizer: Tokenizer):
+        self.config, self.sharding, self.tokenizer = config, sharding, tokenizer
+        if config.cache is not None and jax.process_count() > 1:
+            raise SettingsError(f"distill.cache={config.cache} is for one process, not {jax.process_count()}")
+        self.count = min(config.top_k, student.vocab)
+        self._step = self._cache = None
+
+    def open_cache(self, stream_fingerprint: str, rows: int, length: int) -> None:
+        """Keeps what is said of `rows` rows of a stream, in a folder for this teacher, stream and settings."""
+        if self.config.cache is None:
+            return
+        what = [_version(self.config.teacher), stream_fingerprint, length, self.count, self.config.temperature]
+        self._cache = _Cache(Path(self.config.cache) / digest(what)[:16], rows, length, self.count)
+
+    def __call__(self, batch: TokenBatch, row: int) -> TokenBatch:
+        """The batch, whose first row has the number `row` in the stream, with the teacher's tokens in it."""
+        rows = batch.tokens_BT.shape[0]
+        found = self._cache.read(row, rows) if self._cache is not None else None
+        if found is None:
+            found = self._teach(batch)
+            if self._cache is not None:
+                self._cache.write(row, *map(np.asarray, found))
+        ids_BTN, logprobs_BTN = (jax.device_put(x, batch.tokens_BT.sharding) for x in found)
+        return dataclasses.replace(batch, top_ids_BTN=ids_BTN, top_logprobs_BTN=logprobs_BTN)
+
+    def _teach(self, batch: TokenBatch):
+        if self._step is None:
+            model, params = frozen_model(self.config.teacher, self.sharding, self.tokenizer, "distill.teacher")
+            step = jax.jit(lambda params, batch: teach(model, params, batch, config=self.config))
+            self._step = lambda batch: step(params, batch)
+        return self._step(batch)
+
+
+class _Cache:
+    """Three files for the rows of one stream: ids, log-probabilities, and which rows are there."""
+
+    def __init__(self, folder: Path, rows: int, length: int, count: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.shape, self.folder = (rows, length, count), folder
+        about = {"length": length, "count": count}
+        if (folder / "about.json").exists() and json.loads((folder / "about.json").read_text("utf-8")) != about:
+            raise DataError(f"{folder}: damaged; remove it, or set distill.cache to another folder")
+        (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        self.ids = self._map("ids", np.uint32, (length, count), rows)
+        self.logprobs = self._map("logprobs", np.float32, (length, count), rows)
+        self.there = self._map("rows", np.uint8, (), rows)
+
+    def _map(self, name: str, dtype, shape: tuple[int, ...], rows: int) -> np.memmap:
+        path = self.folder / name
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        with path.open("ab") as file:  # a longer run adds to what a shorter one left
+            file.truncate(max(rows * size, path.stat().st_size))
+        return np.memmap(path, dtype, mode="r+", shape=(path.stat().st_size // size, *shape))
+
+    def read(self, row: int, count: int):
+        if not self.there[row : row + count].all():
+            return None
+        return self.ids[row : row + count].astype(np.int32), np.array(self.logprobs[row : row + count])
+
+    def write(self, row: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
+        stop = row + len(ids)
+        self.ids[row:stop], self.logprobs[row:stop] = ids, logprobs
+        self.ids.flush(), self.logprobs.flush()
+        self.there[row:stop] = 1
+
+
+def _version(teacher: str) -> list:
+    """What tells the weights of a teacher from those of another one at the same path."""
+    if open_published(teacher) is not None:
+        files = sorted(Path(teacher).glob("*.safetensors")) if Path(teacher).is_dir() else [Path(teacher)]
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    step, meta = read_meta(teacher)
+    if "settings" not in meta and "changes" not in meta:
+        raise SettingsError(f"distill.cache: {teacher} does not say what its weights are; leave distill.cache out")
+    return [str(Path(teacher).resolve()), step, meta.get("data"), digest(meta.get("settings")), meta["model"]]
