@@ -17,6 +17,7 @@ from jaxllm.generate.request import NOT_FINITE, check_request, sources
 from jaxllm.generate.tokens import Generation
 from jaxllm.model.build import Model, Params, build
 from jaxllm.model.cache import Cache
+from jaxllm.weights.bind import bind
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +82,7 @@ def beam_search(
     min_tokens: int | Sequence[int] = 0,
     stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
     banned_ids: Sequence[int] = (),
+    adapters: Sequence[int] | None = None,
     **ignored,
 ) -> list[Generation]:
     """The `n` best continuations of each prompt, best first: those of the first prompt, then of the second, ...
@@ -94,7 +96,8 @@ def beam_search(
     if ignored:
         raise SettingsError(f"beam search does not sample and would ignore {', '.join(ignored)}; leave that out")
     lengths = dict(max_tokens=max_tokens, min_tokens=min_tokens)
-    request = check_request(model, prompts, **lengths, stop_ids=stop_ids, banned_ids=banned_ids)
+    ids = dict(stop_ids=stop_ids, banned_ids=banned_ids)
+    request = check_request(model, prompts, **lengths, **ids, adapters=adapters)
     if not 1 <= n <= beams or not np.isfinite(length_penalty):
         raise SettingsError(
             f"beams={beams}, n={n}, length_penalty={length_penalty}: n must be from 1 to beams, and the penalty finite"
@@ -105,6 +108,7 @@ def beam_search(
     task = Task(*ends, request.banned_V, np.float32(length_penalty), np.int32(n))
     params = decode.unstack(params)
     cache = request.read(model, params, source_B, beams)
+    params = bind(params, adapters_B=request.adapters(source_B))
     room = decode.power_of_two(int(request.max_P.max()), 16)
     search = _compiled(model.config, model.sharding, model.kernels)
     task = jax.device_put(task, model.sharding.replicated())

@@ -84,6 +84,7 @@ def stream(
     stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
     banned_ids: Sequence[int] = (),
     logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
+    adapters: Sequence[int] | None = None,
     n: int = 1,
     top_logprobs: int = 0,
     chunk: int = 8,
@@ -99,6 +100,7 @@ def stream(
       stop_ids: a row ends after one of these.
       banned_ids: never made.
       logit_bias: `{id: bias}`, added to the logits.
+      adapters: the adapter of each prompt, -1 for none, where the weights hold several (`adapt.gather`).
       n: samples of each prompt, which is read once; sample i (from 0) draws with the seed of its prompt plus i.
       top_logprobs: how many of the most likely tokens to report in each place.
       sampling: see `params.PARAMETERS`.
@@ -107,7 +109,8 @@ def stream(
     `max_tokens` in the model's context, a number out of its range, or samples that would all be the same.
     """
     lengths = dict(max_tokens=max_tokens, min_tokens=min_tokens)
-    request = check_request(model, prompts, **lengths, stop_ids=stop_ids, banned_ids=banned_ids)
+    ids = dict(stop_ids=stop_ids, banned_ids=banned_ids)
+    request = check_request(model, prompts, **lengths, **ids, adapters=adapters)
     options = make_sampling(len(prompts), **sampling)
     biases = check_bias(logit_bias, len(prompts), model.config.vocab)
     _check_counts(model, options, n, top_logprobs, chunk)
@@ -128,7 +131,7 @@ def _start(model: Model, params: Params, request: Request, options: SamplingPara
     options = dataclasses.replace(options, seed_B=options.seed_B + sample_B)
     prompts, biases = [request.prompts[p] for p in source_B], [biases[p] for p in source_B]
     edits = make_edits(options, prompts, biases, model.config.padded_vocab)
-    rules = decode.Rules(options, request.stop_PE()[source_B], request.banned_V)
+    rules = decode.Rules(options, request.stop_PE()[source_B], request.banned_V, request.adapters(source_B))
     run = decode.compiled(model.config, model.sharding, model.kernels)
     token_B, position_B = request.last(source_B)
     left_B, length_B = request.max_P[source_B] * real_B, position_B + 1 + request.max_P[source_B]

@@ -49,14 +49,15 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
         q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "seq", "heads", None), "q")
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
-        if cache is not None:
-            cache = cache.write(k_BTKH, v_BTKH, positions_BT)
-            k_BKSH, v_BKSH, kind = cache.k_BKSH, cache.v_BKSH, "reference"
-            where = Where(positions_BT, cache.positions_BS)
-        else:
+        alone = cache is None or cache.empty
+        cache = None if cache is None else cache.write(k_BTKH, v_BTKH, positions_BT)
+        if alone:
             k_BKSH = constrain(k_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
             v_BKSH = constrain(v_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
             where = Where(positions_BT, positions_BT, segments_BT, segments_BT)
+        else:
+            k_BKSH, v_BKSH, kind = cache.k_BKSH, cache.v_BKSH, "reference"
+            where = Where(positions_BT, cache.positions_BS)
         o_BTNH = attend(self, q_BTNH, k_BKSH, v_BKSH, where, kind)
         y_BTD = einsum("BTNH,NHD->BTD", checkpoint_name(o_BTNH, "attention"), self.o)
         if self.spec.out_bias:

@@ -26,6 +26,8 @@ class LayerCache:
     positions_BS: jax.Array
     chunk: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     """Set where slots are used again, under a sliding window: the most tokens that one write may hold."""
+    empty: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    """As `make_cache` gives it: what comes attends to itself alone, and positions ascend. Written once, it is not."""
 
     def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array | None, positions_BT: jax.Array) -> "LayerCache":
         """The cache with these entries at the slots of their positions; a position of -1 (padding) is dropped.
@@ -60,13 +62,13 @@ def make_cache(config: ModelConfig, batch: int, slots: int, chunk: int | None = 
 
     def layer(attn: AttnSpec) -> LayerCache:
         here = _slots(attn, slots, chunk)
-        empty = jnp.full((batch, here), -1, jnp.int32)
+        nowhere = jnp.full((batch, here), -1, jnp.int32)
         longest = chunk if here < slots else None
         if attn.latent is not None:
             shape = (batch, 1, here, attn.latent.kv_rank + attn.latent.rope_head)
-            return LayerCache(jnp.zeros(shape, config.dtype), None, empty, longest)
+            return LayerCache(jnp.zeros(shape, config.dtype), None, nowhere, longest, empty=True)
         shape = (batch, attn.kv_heads or attn.heads, here, config.head_dim(attn))
-        return LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), empty, longest)
+        return LayerCache(*(jnp.zeros(shape, config.dtype) for _ in "kv"), nowhere, longest, empty=True)
 
     return tuple(layer(spec.attn) for spec in config.layer_specs)
 

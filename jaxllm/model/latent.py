@@ -53,11 +53,13 @@ class LatentAttention(nnx.Module):
         k_BT1R = einsum("BTD,DR->BTR", x_BTD, self.k_rope)[:, :, None]
         if rope is not None:
             q_BTNR, k_BT1R = rotate(q_BTNR, *rope), rotate(k_BT1R, *rope)
-        if cache is None:
+        alone = cache is None or cache.empty
+        if cache is not None:
+            cache = cache.write(jnp.concatenate([c_BTC[:, :, None], k_BT1R], axis=-1), None, positions_BT)
+        if alone:
             where = Where(positions_BT, positions_BT, segments_BT, segments_BT)
             o_BTNU = self._expanded(q_BTNH, q_BTNR, c_BTC, k_BT1R, where, constrain, kind)
         else:
-            cache = cache.write(jnp.concatenate([c_BTC[:, :, None], k_BT1R], axis=-1), None, positions_BT)
             o_BTNU = self._compressed(q_BTNH, q_BTNR, cache, Where(positions_BT, cache.positions_BS), constrain)
         y_BTD = einsum("BTNU,NUD->BTD", checkpoint_name(o_BTNU, "attention"), self.o)
         if self.spec.out_bias:

@@ -80,6 +80,27 @@ def test_long_prompts_are_prefilled_in_parts(dense, monkeypatch):
     assert whole[0].ids == dense.logits(prompt, whole[0].ids).argmax(-1).tolist()
 
 
+def test_rows_are_prefilled_a_few_at_a_time(dense, monkeypatch):
+    """Four ragged rows, two at a time, into an empty cache and then into a filled one."""
+    model, params = dense
+    rng, lengths = np.random.default_rng(2), np.array([32, 20, 7, 0])
+    tokens, at = rng.integers(0, 40, (4, 32)).astype(np.int32), np.arange(32, dtype=np.int32)
+    positions = np.where(at < lengths[:, None], at, np.int32(-1))
+
+    def read(most: int):
+        monkeypatch.setattr(decode, "PREFILL", most)
+        run = jax.jit(lambda cache, *part: decode._prefill(model, unstack(params), cache, *part, lengths))
+        cache = make_cache(model.config, 4, 32, 16)
+        for part in (np.s_[:, :16], np.s_[:, 16:]):
+            assert decode._rows_at_once(model, 4, 16) == min(4, most // 16)
+            cache = run(cache, tokens[part], positions[part])
+        return cache
+
+    whole, groups = read(512), read(32)
+    assert (np.asarray(whole[0].positions_BS) == positions).all()
+    assert jax.tree.all(jax.tree.map(lambda a, b: tiny.relative(a, b) < 1e-5, groups, whole))
+
+
 def test_stop_ids_end_a_row_and_then_the_loop(dense):
     model, params = dense
     free = generate(model, params, PROMPTS, max_tokens=20, temperature=0)

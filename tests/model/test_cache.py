@@ -1,5 +1,7 @@
 """Caches of every kind of layer: filling them in parts and decoding far past a window equals one forward pass."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,27 @@ def test_a_latent_cache_holds_one_short_vector_a_token():
     assert tree.nbytes(cache[1]) == 2 * 64 * ((12 + 4) * 4 + 4)
     plain = make_cache(tiny.config({"kv_heads": None}), 2, 64)
     assert tree.nbytes(plain[0]) == 2 * 64 * (2 * 4 * 8 * 4 + 4)
+
+
+@pytest.mark.parametrize("name", ["window", "latent"])
+def test_what_comes_into_an_empty_cache_attends_to_itself_alone(name):
+    """Ragged, and long enough for blocks of keys to be skipped: the same as attention over all slots."""
+    config = CONFIGS[name]
+    model = tiny.one_device(dataclasses.replace(config, layers=1 + len(config.prefix), context=320))
+    params, lengths, T = tiny.weights(model), np.array([160, 131, 1]), 160
+    tokens = np.random.default_rng(1).integers(0, tiny.VOCAB, (3, T))
+    positions = np.where(np.arange(T) < lengths[:, None], np.arange(T), -1)
+    step = jax.jit(lambda cache, positions: model.apply(params, tokens, positions_BT=positions, cache=cache)[:2])
+    fresh = make_cache(model.config, 3, 2 * T)
+    hidden, cache = step(fresh, positions)
+    expected, filled = step(tuple(dataclasses.replace(layer, empty=False) for layer in fresh), positions)
+    for row, length in enumerate(lengths):
+        assert tiny.relative(hidden[row, :length], expected[row, :length]) < 1e-5
+    for layer, other in zip(cache, filled, strict=True):
+        assert not layer.empty and jax.tree.all(jax.tree.map(lambda a, b: tiny.relative(a, b) < 1e-5, layer, other))
+    # One that was written is not taken for empty: the same tokens, further on, see those before them.
+    later = np.where(positions < 0, -1, positions + T)
+    assert tiny.relative(step(cache, later)[0][0, :8], step(fresh, later)[0][0, :8]) > 1e-3
 
 
 @pytest.mark.fast
