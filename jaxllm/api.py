@@ -2,18 +2,24 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxllm import checkpoint, tree
-from jaxllm.adapt.changes import Change, Changes, trainable
+from jaxllm.adapt import gather as gathering
+from jaxllm.adapt.changes import Change, Changes, after, trainable
+from jaxllm.adapt.quantize import QuantizeConfig, quantize_plan
 from jaxllm.checkpoint.models import changes_of, meta_of, model_of, save_model, tokenizer_folder
+from jaxllm.compress.agree import greedy_agreement
+from jaxllm.compress.calibrate import batches_of
+from jaxllm.compress.quantize import Errors, errors_of, needed_tokens, quantize_calibrated
 from jaxllm.data.config import DataConfig
 from jaxllm.data.prepare import prepare_source
 from jaxllm.data.sources import Source
+from jaxllm.data.store import TokenStore
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import CheckpointError, SettingsError
 from jaxllm.evals.run import run_task
@@ -22,12 +28,15 @@ from jaxllm.generate.decode import unstack
 from jaxllm.generate.text import Prompt, TextGeneration, TextStream, beam_text, generate_text, stream_text
 from jaxllm.hf.export import export_hf
 from jaxllm.hf.open import open_published
-from jaxllm.model.build import Model, Params, check_tokens
-from jaxllm.model.change import change, changed
+from jaxllm.hf.peft import load_peft
+from jaxllm.hf.peft_export import export_peft
+from jaxllm.model.build import Model, Params, build, check_tokens
+from jaxllm.model.change import change, changed, weights_of
 from jaxllm.sharding import ParallelConfig, make_sharding
 from jaxllm.train import loop
 from jaxllm.train.config import RunConfig, load_run
 from jaxllm.train.evaluate import Evaluator
+from jaxllm.weights.lora import Lora
 
 log = logging.getLogger("jaxllm")
 
@@ -142,19 +151,82 @@ def save(loaded: Loaded, out: str | Path) -> None:
     save_model(out, loaded.params, loaded.tokenizer, meta, step=loaded.step)
 
 
-def export(loaded: Loaded, out: str | Path, *, to: str = "hf", dtype: str = "float32") -> str:
-    """Writes the model as a Hugging Face folder (`to="hf"`) or a .gguf file (`to="gguf"`); gives the family's name.
+def save_adapter(loaded: Loaded, out: str | Path) -> str:
+    """Writes the adapter over the model's weights, and nothing else, into the new folder `out` in PEFT's layout.
 
-    `dtype`: float32, bfloat16 or float16; for GGUF q8_0 too. Raises SettingsError where no known family computes what
-    the model does, with the settings that have no counterpart, or where `out` exists.
+    Gives the family whose names it has. Raises SettingsError where there is no adapter, or where it has no counterpart.
     """
-    if to not in ("hf", "gguf"):
-        raise SettingsError(f"to={to!r}: known are hf and gguf")
-    if to == "gguf":
-        from jaxllm.hf.gguf_export import export_gguf as write
-    else:
-        write = export_hf
-    return write(loaded.model.config, loaded.params, loaded.tokenizer, out, dtype=dtype, family=loaded.family)
+    config = next((one.lora for one in reversed(loaded.changes) if one.lora is not None), None)
+    kind = dict(rslora=config is not None and config.kind == "rslora", dropout=config.dropout if config else 0.0)
+    return export_peft(loaded.model, loaded.params, out, family=loaded.family, **kind)
+
+
+def load_adapter(loaded: Loaded, folder: str | Path) -> Loaded:
+    """The model with the adapter of a folder in PEFT's layout over its weights (LoRA, rsLoRA, DoRA).
+
+    Raises DataError for a damaged file or an adapter of another base, SettingsError for what cannot be done here.
+    """
+    config, params = load_peft(loaded.model, loaded.params, folder, family=loaded.family)
+    return _with_changes(loaded, (*loaded.changes, Change(lora=config)), params)
+
+
+def gather(adapted: Sequence[Loaded]) -> Loaded:
+    """Models with different adapters over the same weights as one, whose rows choose theirs (`generate(adapters=...)`).
+
+    Raises SettingsError where what the adapters lie over differs.
+    """
+    first = adapted[0]
+    bases = [tuple(one for one in loaded.changes if one.lora is None) for loaded in adapted]
+    if any(loaded.model.config != first.model.config for loaded in adapted) or len(set(bases)) > 1:
+        raise SettingsError("these adapters lie over different models, or over one quantised in different ways")
+    config, params = gathering.gather([loaded.params for loaded in adapted])
+    return _with_changes(first, (*bases[0], Change(lora=config), Change(several=len(adapted))), params)
+
+
+def _with_changes(loaded: Loaded, changes: Changes, params: Params) -> Loaded:
+    """The model after other changes, with weights that were made elsewhere."""
+    model = after(build(loaded.model.config, loaded.model.sharding, loaded.model.kernels), changes)
+    params = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), params, model.abstract)
+    return dataclasses.replace(loaded, model=model, params=params, changes=changes)
+
+
+def export(loaded: Loaded, out: str | Path, *, to: str = "hf", dtype: str = "float32") -> str:
+    """Writes the model as a Hugging Face folder (`to="hf"`) or a .gguf file (`to="gguf"`), or its adapter alone
+    (`to="peft"`); gives the family's name.
+
+    `dtype`: float32, bfloat16 or float16; for GGUF q8_0 too, and the names that it has for them. Raises SettingsError
+    where no known family computes what the model does, with the settings that have no counterpart, or `out` exists.
+    """
+    if to not in ("hf", "gguf", "peft"):
+        raise SettingsError(f"to={to!r}: known are hf, gguf and peft")
+    if to == "peft":
+        if dtype != "float32":
+            raise SettingsError(f"dtype={dtype}: to=peft writes float32; leave that out")
+        return save_adapter(loaded, out)
+    _check_plain(loaded, to)
+    parts = (loaded.model.config, loaded.params, loaded.tokenizer, out)
+    if to == "hf":
+        return export_hf(*parts, dtype=dtype, family=loaded.family)
+    from jaxllm.hf.gguf_export import export_gguf
+
+    short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+    return export_gguf(*parts, dtype=short.get(dtype, dtype))
+
+
+def _check_plain(loaded: Loaded, to: str) -> None:
+    """Raises SettingsError, with the next step, for a model that other software would not read as it is."""
+    odd = {path: weight for path, weight in weights_of(loaded.params).items() if not isinstance(weight, jax.Array)}
+    if any(isinstance(weight, Lora) for weight in odd.values()):
+        raise SettingsError(
+            f"the model has adapters over its weights, which to={to} does not hold: merge them first (jaxllm merge) or "
+            "write the adapter alone (to=peft)"
+        )
+    if odd:
+        path, weight = next(iter(odd.items()))
+        kind = getattr(weight, "format", type(weight).__name__)
+        raise SettingsError(
+            f"{path} is stored as {kind}, which to={to} does not write; make the weights plain first (jaxllm merge)"
+        )
 
 
 def train(config: RunConfig | dict | str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> loop.Result:
@@ -175,7 +247,8 @@ def generate(
     Options of sampling: temperature (0 is greedy), top_k, top_p, min_p, typical_p, seed, repetition_penalty,
     frequency_penalty, presence_penalty, logit_bias, top_logprobs (see `generate.tokens.stream`), stop (strings).
     Options of beam search: beams, length_penalty. Of both: n (several results for a prompt), min_tokens, stop_ids,
-    banned_ids. Raises SettingsError for what is out of range or would be ignored.
+    banned_ids, adapters (of a model that `gather` made: the adapter of each prompt, -1 for none).
+    Raises SettingsError for what is out of range or would be ignored.
     """
     one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
     make = beam_text if "beams" in options else generate_text
@@ -203,9 +276,7 @@ def evaluate(
     """
     seq_len = loaded.model.config.context if seq_len is None else seq_len
     check_tokens(loaded.model.config, (), seq_len)
-    sources = _sources(data)
-    where = Path(DataConfig(sources=sources).cache)
-    stores = {source.name: prepare_source(source, loaded.tokenizer, where, say=log.info) for source in sources}
+    stores = _stores(loaded, data)
     ways = loaded.model.sharding.batch_size
     evaluator = Evaluator(loaded.model, stores, seq_len=seq_len, batch=-(-batch // ways) * ways)
     found = evaluator(loaded.params, progress=progress)
@@ -216,6 +287,12 @@ def evaluate(
     return found
 
 
+def _stores(loaded: Loaded, data) -> dict[str, TokenStore]:
+    sources = _sources(data)
+    where = Path(DataConfig(sources=sources).cache)
+    return {source.name: prepare_source(source, loaded.tokenizer, where, say=log.info) for source in sources}
+
+
 def _sources(data) -> tuple[Source, ...]:
     if isinstance(data, Source):
         return (data,)
@@ -224,6 +301,54 @@ def _sources(data) -> tuple[Source, ...]:
             raise SettingsError("data: give paths, or Sources, and not some of each")
         return tuple(data)
     return (Source(name="eval", path=data if isinstance(data, str) else tuple(data)),)
+
+
+def quantize(
+    loaded: Loaded,
+    config: QuantizeConfig,
+    calibrate: str | Sequence[str] | None = None,
+    *,
+    tokens: int = 32_768,
+    say: Callable[[str], None] = log.info,
+) -> tuple[Loaded, Errors]:
+    """The model with its weights in other number formats, and the relative error of each by path and layer.
+
+    Args:
+      calibrate: path (or several) of the text that method=gptq and method=awq go by; `tokens` of it are read.
+
+    Raises SettingsError where the settings do not fit the model, DataError where the text is too short.
+    """
+    if config.calibrated != (calibrate is not None):
+        raise SettingsError("method=gptq and method=awq go by calibration text, and method=nearest by none (calibrate)")
+    if calibrate is None:
+        new = loaded.change(Change(quantize=config))
+        return new, errors_of(loaded.params, new.params)
+    needed = needed_tokens(loaded.model, config)
+    if tokens < needed:
+        raise SettingsError(f"tokens={tokens}: at least {needed:,} are needed, the inputs of the widest matrix")
+    (store,) = _stores(loaded, calibrate).values()
+    batches = batches_of(loaded.model, store, tokens, needed, seq_len=min(512, loaded.model.config.context))
+    params, errors = quantize_calibrated(loaded.model, loaded.params, config, batches, say)
+    model = changed(loaded.model, quantize_plan(loaded.model, config))
+    changes = (*loaded.changes, Change(quantize=config))
+    return dataclasses.replace(loaded, model=model, params=params, changes=changes), errors
+
+
+def compare(first: Loaded, second: Loaded, data, *, seq_len: int | None = None, batch: int = 8) -> dict[str, Any]:
+    """What the second model, made from the first, lost: `{measure: {"before": ..., "after": ...}}` on some text.
+
+    The measures of `evaluate`, and `greedy_agreement`: the share of positions at which both have the same likeliest
+    next token. Raises as `evaluate` does.
+    """
+    both = [evaluate(one, data, seq_len=seq_len, batch=batch) for one in (first, second)]
+    measures = ("heldout_loss", "perplexity", "bits_per_byte")
+    found = {name: {"before": both[0][name], "after": both[1][name]} for name in measures}
+    ways = first.model.sharding.batch_size
+    options = dict(seq_len=seq_len or first.model.config.context, batch=-(-batch // ways) * ways)
+    models = (first.model, first.params, second.model, second.params)
+    same = [greedy_agreement(*models, store, **options) for store in _stores(first, data).values()]
+    agreement = sum(part for part, _ in same) / sum(whole for _, whole in same)
+    return found | {"greedy_agreement": agreement, "positions": int(sum(whole for _, whole in same))}
 
 
 def evaluate_tasks(

@@ -145,7 +145,7 @@ def measure(workload: Workload, steps: int) -> dict[str, Any]:
     model = build(config, make_sharding(devices=jax.devices()[:1]))
     tx = make_optimizer(OptimConfig(), steps + WARMUP, model.axes)
     state = make_state(model, tx, jax.random.key(0))
-    batches = (model.sharding.batch(batch) for batch in _random_rows(workload))
+    batches = (model.sharding.batch(batch) for batch in random_rows(workload))
 
     start = time.perf_counter()
     step = make_train_step(model, lm, tx).lower(state, next(batches)).compile()
@@ -183,7 +183,7 @@ def measure(workload: Workload, steps: int) -> dict[str, Any]:
     }
 
 
-def _random_rows(workload: Workload):
+def random_rows(workload: Workload):
     """Batches without end: random tokens, one document a row, every target counts."""
     import numpy as np
 

@@ -61,7 +61,8 @@ class QuantizeConfig:
     rules: tuple[QuantizeRule, ...]
     """The first rule whose pattern chooses a weight decides; weights that none chooses stay as they are."""
     activations: str | None = None
-    """int8 quantises activations row by row and takes integer products (w8a8); null computes with floats."""
+    """int8 quantises activations row by row and takes integer products (w8a8); null computes with floats. Lookups, and
+    experts on accelerators, are computed with floats in any case."""
 
     def __post_init__(self):
         if not self.rules:

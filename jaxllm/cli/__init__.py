@@ -5,12 +5,14 @@ import logging
 import os
 import sys
 
+from jaxllm.cli.adapters import add_merge
 from jaxllm.cli.bench import add_bench
 from jaxllm.cli.common import EXAMPLES, common_options
+from jaxllm.cli.compress import add_quantize
 from jaxllm.cli.data import add_data, add_tokenizer
 from jaxllm.cli.generation import add_chat, add_generate
 from jaxllm.cli.models import add_eval, add_export, add_info, add_parity
-from jaxllm.cli.training import add_demo, add_runs, add_sft, add_train
+from jaxllm.cli.training import add_demo, add_distill, add_dpo, add_runs, add_sft, add_train
 from jaxllm.errors import UserError
 
 __all__ = ["EXAMPLES", "main", "parse", "parser"]
@@ -69,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(metavar="VERB", required=True)
     add_train(verbs)
     add_sft(verbs)
+    add_dpo(verbs)
+    add_distill(verbs)
     add_tokenizer(verbs)
     add_data(verbs)
     add_eval(verbs)
@@ -79,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     add_bench(verbs)
     add_info(verbs)
     add_export(verbs)
+    add_quantize(verbs)
+    add_merge(verbs)
     add_parity(verbs)
     return top
 

@@ -8,6 +8,8 @@ from jaxllm.errors import UserError
 EXAMPLES = {
     "train": "jaxllm train demo train.steps=200 out=runs/mine",
     "sft": "jaxllm sft models/smollm2-135m-instruct --data chats.jsonl lora.rank=16",
+    "dpo": "jaxllm dpo dpo train.init=runs/demo-sft data.sources.0.path=pairs.jsonl",
+    "distill": "jaxllm distill distill distill.teacher=runs/demo out=runs/student",
     "tokenizer train": "jaxllm tokenizer train 'books/*.txt' --vocab 8192 --out tokenizers/books",
     "tokenizer encode": "jaxllm tokenizer encode runs/demo 'def main():'",
     "tokenizer decode": "jaxllm tokenizer decode runs/demo 300 301 302",
@@ -24,6 +26,8 @@ EXAMPLES = {
     "bench load": "jaxllm bench load models/gemma-3-270m",
     "info": "jaxllm info models/gemma-3-270m",
     "export": "jaxllm export runs/demo --to hf --out exported/demo",
+    "quantize": "jaxllm quantize runs/demo --format int4 --method gptq --calibrate notes.txt --out runs/demo-int4",
+    "merge": "jaxllm merge models/llama --adapter adapters/mine --to hf --out models/llama-mine",
     "parity": "jaxllm parity models/gemma-3-270m",
 }
 

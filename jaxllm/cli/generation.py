@@ -2,6 +2,7 @@
 
 import logging
 
+from jaxllm.cli.adapters import adapter_option, with_adapters
 from jaxllm.cli.common import given, new_verb, published_options, refuse_ignored, standard_input
 
 
@@ -16,6 +17,7 @@ def add_generate(verbs):
     verb.add_argument("--beams", type=int, help="beam search with so many beams, in place of sampling")
     verb.add_argument("--length-penalty", type=float, help="of beams: score / length ** this (default 1)")
     verb.add_argument("--ema", action="store_true", help="use the averaged weights")
+    adapter_option(verb)
     _sampling(verb)
     published_options(verb)
 
@@ -63,8 +65,9 @@ def generate(args) -> None:
     prompt = standard_input() if args.prompt == "-" else args.prompt
     from jaxllm import api
 
-    loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key).for_decoding()
-    if args.beams is None and args.n == 1 and args.logprobs is None:
+    loaded = with_adapters(api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key), args.adapter)
+    loaded, names = loaded.for_decoding(), args.adapter if len(args.adapter) > 1 else []
+    if args.beams is None and args.n == 1 and args.logprobs is None and not names:
         pieces = api.stream(loaded, prompt, **options)
         print(prompt, end="", flush=True)
         for piece in pieces:
@@ -72,8 +75,13 @@ def generate(args) -> None:
         print()
         return
     tops = {} if args.logprobs is None else {"top_logprobs": args.logprobs}
-    for i, made in enumerate(api.generate(loaded, prompt, n=args.n, **tops, **options), 1):
-        print(f"--- {i} of {args.n}\n" * (args.n > 1) + prompt + made.text)
+    tops |= {"adapters": range(len(names))} if names else {}
+    results = api.generate(loaded, [prompt] * max(1, len(names)), n=args.n, **tops, **options)
+    for i, made in enumerate(results):
+        if len(results) > 1:
+            name, count = names[i // args.n : i // args.n + 1], [f"{i % args.n + 1} of {args.n}"] * (args.n > 1)
+            print("---", *name, *count)
+        print(prompt + made.text)
         if args.logprobs is not None:
             print(_logprobs(loaded.tokenizer, made))
 

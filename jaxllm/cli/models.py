@@ -106,10 +106,12 @@ def info(args) -> None:
 
 
 def add_export(verbs):
-    verb = new_verb(verbs, "export", "write a model for other software: a Hugging Face folder or a .gguf file", export)
+    verb = new_verb(verbs, "export", "write a model, or its adapter, for other software", export)
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, one of its steps, or a published model")
-    verb.add_argument("--to", choices=("hf", "gguf"), default="hf", help="default hf")
-    verb.add_argument("--out", required=True, help="folder (hf) or file (gguf) to write; must not exist")
+    verb.add_argument(
+        "--to", choices=("hf", "gguf", "peft"), default="hf", help="default hf; peft writes the adapter alone"
+    )
+    verb.add_argument("--out", required=True, help="folder (hf, peft) or file (gguf) to write; must not exist")
     verb.add_argument(
         "--dtype", default="float32", help="float32 (default), bfloat16, float16; for gguf f32, f16, bf16 or q8_0"
     )
@@ -122,14 +124,16 @@ def export(args) -> None:
 
     loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key)
     family = api.export(loaded, args.out, to=args.to, dtype=args.dtype)
-    print(f"{args.out}: a {family} model in {args.dtype}")
+    print(f"{args.out}: {'an adapter of ' * (args.to == 'peft')}a {family} model in {args.dtype}")
 
 
 def add_parity(verbs):
     verb = new_verb(verbs, "parity", "prove that a loaded model computes what the published one does", parity)
     verb.add_argument("model", nargs="?", metavar="MODEL_DIR", help="Hugging Face folder or .gguf file")
     verb.add_argument("--family", help="instead of a folder: a small random model of this family, or of all")
-    verb.add_argument("--text", metavar="FILE", help="UTF-8 text to compare on (default: a few lines of several kinds)")
+    verb.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text whose first 512 tokens are compared (default: a few lines)"
+    )
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     published_options(verb)
 

@@ -104,9 +104,9 @@ class Lora:
         """See `seam.take`: the rows of the table are the outputs."""
         rows = seam.take(self.base, ids, jnp.float32)
         if self.several:
-            chosen = jnp.maximum(self.rows_B, 0)[:, None]
+            chosen = self._chosen()[:, None]
             picked = jnp.swapaxes(self.lora_b, -1, -2)[chosen, ids]
-            h = jnp.einsum("BTr,BDr->BTD", picked, self.lora_a[chosen[:, 0]])
+            h = jnp.einsum("BTr,BDr->BTD", picked, self._of_rows(self.lora_a))
             rows = rows + self.scale * self._where(h, 0)
         else:
             rows = rows + self.scale * jnp.einsum("...r,Dr->...D", self.lora_b.T[ids], self.lora_a)
@@ -146,7 +146,12 @@ class Lora:
 
     def _of_rows(self, part):
         """Of several adapters' arrays those of each row, `[B, ...]`; of one the array itself."""
-        return part[jnp.maximum(self.rows_B, 0)] if self.several else part
+        return part[self._chosen()] if self.several else part
+
+    def _chosen(self):
+        if self.rows_B is None:
+            raise UserError("these weights hold several adapters: say which one each row takes (adapters)")
+        return jnp.maximum(self.rows_B, 0)
 
     def _where(self, values, other):
         """`values` in the rows that have an adapter."""

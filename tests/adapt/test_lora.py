@@ -32,7 +32,7 @@ LATENT = {"kv_heads": None, "latent": {"kv_rank": 16, "q_rank": 8, "rope_head": 
 DROPLESS = tiny.config(prefix=[tiny.layer()], layers=3, moe={"shared_ffw": 16}, tied=True, vocab_multiple=8)
 #: Latent attention, experts with a capacity, a head of its own.
 LATENT_CAPACITY = tiny.config(LATENT, layers=2, moe={"capacity_factor": 2.0})
-DENSE = tiny.config(layers=2, tied=True)
+DENSE = tiny.config(layers=2, tied=True, vocab_multiple=8)
 #: base, kind of adapter, format of the base; tests/weights has the other combinations, for single weights.
 CASES = {"float": (DROPLESS, "lora", None), "nf4": (LATENT_CAPACITY, "dora", {"format": "nf4", "group": 8})}
 
@@ -123,14 +123,13 @@ def test_only_adapters_train():
     model, params = made(tiny.one_device(tiny.config(layers=1, tied=True)), changes)
     params = randomised(params)
     before = {path: np.asarray(leaf) for path, leaf in tree.flatten(params).items()}
-    tx = optax.inject_hyperparams(optax.adam)(0.0)
+    tx = optax.adam(lambda count: jnp.where(count < 2, 0.0, 0.01))
     state = make_state(model, tx, jax.random.key(0), params=params, trainable=TRAINABLE)
     moments = [path for path, leaf in tree.flatten(state.opt).items() if leaf.ndim]
     assert moments and all("lora_" in path for path in moments)
     step = make_train_step(model, lm, tx, trainable=TRAINABLE)
     losses = []
-    for rate in (0.0, 0.0, 0.01, 0.01, 0.01):
-        state.opt.hyperparams["learning_rate"] = jnp.float32(rate)
+    for _ in range(4):
         state, metrics = step(state, BATCH)
         losses.append(float(metrics["loss"]))
     assert losses[0] != losses[1], "dropout of another step"
@@ -217,7 +216,7 @@ def test_adapters_that_do_not_belong_together(trained):
     with pytest.raises(SettingsError, match="none of these"):
         gather([tiny.weights(base)])
     wide = tiny.weights(tiny.one_device(dataclasses.replace(DENSE, embed=64)))
-    with pytest.raises(SettingsError, match=r"embed: .*\(61, 32\).*\(61, 64\)"):
+    with pytest.raises(SettingsError, match=r"embed: .*\(64, 32\).*\(64, 64\)"):
         gather([first, wide])
 
 

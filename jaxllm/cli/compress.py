@@ -1,0 +1,94 @@
+"""Verbs that make a model smaller: quantize."""
+
+import json
+import logging
+import sys
+
+from jaxllm.cli.common import new_verb, published_options, refuse_ignored
+from jaxllm.errors import UserError
+
+
+def add_quantize(verbs):
+    help = "store the weights of a model in fewer bits, and say what that costs"
+    verb = new_verb(verbs, "quantize", help, quantize, launch=logging.DEBUG)
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, one of its steps, or a published model")
+    verb.add_argument("--format", required=True, help="int8, int4, nf4, int2, fp8, or package.module:NAME")
+    verb.add_argument("--out", required=True, help="folder to write; must not exist")
+    verb.add_argument("--group", type=int, help="inputs that share a scale (default: 64 for int4 and nf4, 32 for int2)")
+    verb.add_argument("--double", action="store_true", help="store the scales in 8 bits, too")
+    verb.add_argument("--pattern", help="paths of the weights (default: all matrices of the layers)")
+    verb.add_argument("--tables", action="store_true", help="embedding and head too, rounded to nearest")
+    verb.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="PATTERN=FORMAT[:GROUP]",
+        help="another format for some of the weights (float leaves them); the first one that chooses a weight decides",
+    )
+    verb.add_argument("--activations", choices=("int8",), help="quantise activations on the way, for integer products")
+    text = verb.add_argument_group("calibration")
+    text.add_argument("--method", choices=("nearest", "gptq", "awq"), default="nearest", help="default nearest")
+    text.add_argument("--calibrate", nargs="+", metavar="FILE", help="text that gptq and awq go by")
+    text.add_argument("--tokens", type=int, default=32_768, help="so many tokens of it (default 32,768)")
+    text.add_argument("--ordered", action="store_true", help="gptq: inputs of large activations first (act_order)")
+    text = verb.add_argument_group("report")
+    text.add_argument("--eval", nargs="+", metavar="FILE", help="text to measure the loss of quality on")
+    text.add_argument("--seq-len", type=int, help="tokens that a prediction can see (default: the model's context)")
+    text.add_argument("--json", action="store_true", help="print the report as JSON")
+    verb.add_argument("--ema", action="store_true", help="quantise the averaged weights")
+    published_options(verb)
+
+
+def quantize(args) -> None:
+    config = _settings(args)
+    _refuse(args, config)
+    from pathlib import Path
+
+    from jaxllm import api, tree
+    from jaxllm.checkpoint.models import check_new
+    from jaxllm.compress import report
+    from jaxllm.config import to_dict
+
+    check_new(args.out)
+    loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key)
+    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    smaller, errors = api.quantize(loaded, config, args.calibrate, tokens=args.tokens, say=say)
+    quality = api.compare(loaded, smaller, args.eval, seq_len=args.seq_len) if args.eval else None
+    sizes = tree.nbytes(loaded.params), tree.nbytes(smaller.params)
+    found = report.report(to_dict(config), sizes, errors, quality)
+    api.save(smaller, args.out)
+    report.write(found, Path(args.out))
+    print(json.dumps(found) if args.json else f"{report.show(found)}\n\nwritten to {args.out}")
+
+
+def _settings(args):
+    """The QuantizeConfig that the options say. Raises SettingsError."""
+    from jaxllm.adapt.quantize import LAYERS, TABLES, QuantizeConfig
+    from jaxllm.config import parse
+
+    how = {"method": args.method, "ordered": args.ordered}
+    rules = [_rule(text, how) for text in args.rule]
+    main = {"format": args.format, "group": args.group, "double": args.double}
+    if args.tables:
+        rules.append({"pattern": TABLES, **main})
+    rules.append({"pattern": args.pattern or LAYERS, **main, **how})
+    return parse(QuantizeConfig, {"rules": rules, "activations": args.activations}, "quantize")
+
+
+def _rule(text: str, how: dict) -> dict:
+    pattern, equals, rest = text.rpartition("=")
+    kind, colon, group = rest.rpartition(":")
+    if not (colon and group.isdigit()):
+        kind, group = rest, None
+    if not equals or not pattern or not kind:
+        raise UserError(f"--rule {text!r}: write it as PATTERN=FORMAT or PATTERN=FORMAT:GROUP, such as '**/down=int8'")
+    table = pattern in ("embed", "head") or kind == "float"
+    return {"pattern": pattern, "format": kind, "group": group and int(group)} | ({} if table else how)
+
+
+def _refuse(args, config) -> None:
+    if config.calibrated and not args.calibrate:
+        raise UserError(f"--method {args.method} needs text to go by: --calibrate FILE")
+    if not config.calibrated:
+        refuse_ignored("--method nearest goes by the weights alone", ["calibrate"] * bool(args.calibrate))
+    refuse_ignored("without --eval nothing is measured", ["seq_len"] * bool(args.seq_len and not args.eval))
