@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxllm import config as settings_of
+from jaxllm import tree
 from jaxllm.checkpoint.together import first_says
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.model.build import Model, Params
@@ -46,6 +47,8 @@ def finish(run: "Trainer", state: TrainState, seconds: float) -> Result:
     """Writes summary, loss curve and run card; those of a run that was over before stay as they are."""
     step, path, speed = int(state.step), run.folder.path, run.recorder.meter.mean()
     summary = {"params": run.total, "steps": step, "tokens": run.tokens_at(step), "seconds": round(seconds, 1)}
+    if run.origin.changes:
+        summary["trained"] = tree.count(tree.partition(state.params, tree.select(state.params, run.trainable))[0])
     summary |= speed | {"skipped": int(state.extra["skipped"])}
     before = first_says(lambda: read_run(path).summary if run.folder.summary.exists() else {})
     if not run.opened and (before.get("status"), before.get("steps")) == (run.status, step):
