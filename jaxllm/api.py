@@ -79,6 +79,13 @@ class Loaded:
         params = change(self.model, plan, self.params, free=free)
         return dataclasses.replace(self, model=changed(self.model, plan), params=params, changes=(*self.changes, one))
 
+    def caching(self, stored: str) -> "Loaded":
+        """The same model, whose key-value cache is kept as `float` or `int8` when it generates."""
+        if stored not in ("float", "int8"):
+            raise SettingsError(f"cache={stored!r}: known are float and int8")
+        kernels = dataclasses.replace(self.model.kernels, cache=stored)
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, kernels=kernels))
+
     def plain(self) -> "Loaded":
         """The model with float32 arrays for all weights: adapters merged, codes as the values they stand for."""
         return self.change(Change(plain=True)) if self.changes else self

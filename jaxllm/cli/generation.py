@@ -26,6 +26,7 @@ def _sampling(verb) -> None:
     options = verb.add_argument_group("sampling")
     for name, (kind, help) in SAMPLING.items():
         options.add_argument("--" + name.replace("_", "-"), type=kind, help=help)
+    verb.add_argument("--cache", choices=("float", "int8"), default="float", help="of keys and values (default float)")
     options.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
 
 
@@ -66,7 +67,7 @@ def generate(args) -> None:
     from jaxllm import api
 
     loaded = with_adapters(api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key), args.adapter)
-    loaded, names = loaded.for_decoding(), args.adapter if len(args.adapter) > 1 else []
+    loaded, names = loaded.for_decoding().caching(args.cache), args.adapter if len(args.adapter) > 1 else []
     if args.beams is None and args.n == 1 and args.logprobs is None and not names:
         pieces = api.stream(loaded, prompt, **options)
         print(prompt, end="", flush=True)
@@ -114,6 +115,6 @@ def chat(args) -> None:
     from jaxllm import api
     from jaxllm.chat import Chat, run
 
-    loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key).for_decoding()
+    loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key).for_decoding().caching(args.cache)
     parts = (loaded.model, loaded.decoding, loaded.tokenizer)
     run(Chat(*parts, system=args.system, max_tokens=args.max_tokens, **options))

@@ -132,7 +132,7 @@ def compiled(config, sharding, kernels) -> Compiled:
     model = build(config, sharding, kernels)
     place = functools.partial(place_rows, model)
     return Compiled(
-        empty=jax.jit(lambda *sizes: place(make_cache(config, *sizes)), static_argnums=(0, 1, 2)),
+        empty=jax.jit(lambda *sizes: place(make_cache(config, *sizes, stored=kernels.cache)), static_argnums=(0, 1, 2)),
         prefill=jax.jit(lambda *args: place(_prefill(model, *args)), donate_argnums=1),
         spread=jax.jit(lambda cache, source_B: place(take_rows(cache, source_B))),
         state=jax.jit(lambda *parts: place(State(*parts)), donate_argnums=0),

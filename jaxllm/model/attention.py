@@ -56,7 +56,7 @@ class Attention(nnx.Module):
             v_BKSH = constrain(v_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
             where = Where(positions_BT, positions_BT, segments_BT, segments_BT)
         else:
-            k_BKSH, v_BKSH, kind = cache.k_BKSH, cache.v_BKSH, "reference"
+            (k_BKSH, v_BKSH), kind = cache.read(q_BTNH.dtype), "reference"
             where = Where(positions_BT, cache.positions_BS)
         o_BTNH = attend(self, q_BTNH, k_BKSH, v_BKSH, where, kind)
         y_BTD = einsum("BTNH,NHD->BTD", checkpoint_name(o_BTNH, "attention"), self.o)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import UserError
+from jaxllm.kernels.quantized import quantize_rows
 from jaxllm.model.spec import AttnSpec, ModelConfig
 
 
@@ -24,6 +25,9 @@ class LayerCache:
     k_BKSH: jax.Array
     v_BKSH: jax.Array | None
     positions_BS: jax.Array
+    k_scale_BKS: jax.Array | None = None
+    """float32 where keys and values are int8: what each head's entry at each slot is multiplied by."""
+    v_scale_BKS: jax.Array | None = None
     chunk: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     """Set where slots are used again, under a sliding window: the most tokens that one write may hold."""
     empty: bool = dataclasses.field(default=False, metadata=dict(static=True))
@@ -41,20 +45,35 @@ class LayerCache:
         slot_BT = jnp.where(positions_BT < 0, slots, slot_BT)
         row_B1 = jnp.arange(positions_BT.shape[0])[:, None]
 
-        def put(held_BKSH, new_BTKH):
+        def put(held, scale_BKS, new_BTKH):
             if new_BTKH is None:
-                return None
-            return held_BKSH.at[row_B1, :, slot_BT].set(new_BTKH.astype(held_BKSH.dtype), mode="drop")
+                return None, None
+            if scale_BKS is not None:
+                new_BTKH, scale_BTK1 = quantize_rows(new_BTKH)
+                scale_BKS = scale_BKS.at[row_B1, :, slot_BT].set(scale_BTK1[..., 0], mode="drop")
+            return held.at[row_B1, :, slot_BT].set(new_BTKH.astype(held.dtype), mode="drop"), scale_BKS
 
         positions_BS = self.positions_BS.at[row_B1, slot_BT].set(positions_BT, mode="drop")
-        return LayerCache(put(self.k_BKSH, k_BTKH), put(self.v_BKSH, v_BTKH), positions_BS, self.chunk)
+        k_BKSH, k_scale_BKS = put(self.k_BKSH, self.k_scale_BKS, k_BTKH)
+        v_BKSH, v_scale_BKS = put(self.v_BKSH, self.v_scale_BKS, v_BTKH)
+        return LayerCache(k_BKSH, v_BKSH, positions_BS, k_scale_BKS, v_scale_BKS, self.chunk)
+
+    def read(self, dtype) -> tuple[jax.Array, jax.Array | None]:
+        """`(k_BKSH, v_BKSH)` as they were written, or as int8 keeps them."""
+        pairs = ((self.k_BKSH, self.k_scale_BKS), (self.v_BKSH, self.v_scale_BKS))
+        return tuple(x if scale is None else (x * scale[..., None]).astype(dtype) for x, scale in pairs)
 
 
 Cache = tuple[LayerCache, ...]
 
 
-def make_cache(config: ModelConfig, batch: int, slots: int, chunk: int | None = None) -> Cache:
-    """An empty cache for `batch` sequences of up to `slots` tokens, one entry a layer, in the compute dtype.
+def make_cache(
+    config: ModelConfig, batch: int, slots: int, chunk: int | None = None, *, stored: str = "float"
+) -> Cache:
+    """An empty cache for `batch` sequences of up to `slots` tokens, one entry a layer.
+
+    `stored`: float keeps entries in the compute dtype; int8 keeps each head's entry at each slot in 8 bits, with a
+    scale of its own.
 
     `chunk` promises that no call of the model brings more tokens at once. A layer with a sliding window then has slots
     for its window and a chunk only, and uses them again; by default it has all.
@@ -65,10 +84,13 @@ def make_cache(config: ModelConfig, batch: int, slots: int, chunk: int | None = 
         nowhere = jnp.full((batch, here), -1, jnp.int32)
         longest = chunk if here < slots else None
         if attn.latent is not None:
-            shape = (batch, 1, here, attn.latent.kv_rank + attn.latent.rope_head)
-            return LayerCache(jnp.zeros(shape, config.dtype), None, nowhere, longest, empty=True)
-        shape = (batch, attn.kv_heads or attn.heads, here, config.head_dim(attn))
-        return LayerCache(*(jnp.zeros(shape, config.dtype) for _ in "kv"), nowhere, longest, empty=True)
+            shapes = [(batch, 1, here, attn.latent.kv_rank + attn.latent.rope_head)]
+        else:
+            shapes = [(batch, attn.kv_heads or attn.heads, here, config.head_dim(attn))] * 2
+        held = [jnp.zeros(shape, jnp.int8 if stored == "int8" else config.dtype) for shape in shapes]
+        scales = [jnp.zeros(shape[:3]) if stored == "int8" else None for shape in shapes]
+        held, scales = ([*pair, None][:2] for pair in (held, scales))
+        return LayerCache(*held, nowhere, *scales, longest, empty=True)
 
     return tuple(layer(spec.attn) for spec in config.layer_specs)
 

@@ -94,7 +94,8 @@ class LatentAttention(nnx.Module):
         q_BTNC = einsum("BTNH,CNH->BTNC", q_BTNH, self.k_up)
         q = constrain(jnp.concatenate([q_BTNC, q_BTNR], axis=-1), "batch", "seq", "heads", None)
         # The values are the keys' first C dimensions: a slice of the cache would be copied, one of the output is not.
-        o_BTNC = attend(self, q, cache.k_BKSH, cache.k_BKSH, where, "reference")[..., : q_BTNC.shape[-1]]
+        k_BKSH, _ = cache.read(q.dtype)
+        o_BTNC = attend(self, q, k_BKSH, k_BKSH, where, "reference")[..., : q_BTNC.shape[-1]]
         return einsum("BTNC,CNU->BTNU", o_BTNC, self.v_up)
 
     def _norm(self, x, scale):

@@ -138,13 +138,15 @@ class ModelConfig:
 
 @settings
 class Kernels:
-    """How the same numbers are computed; never changes what a model is."""
+    """How the numbers are computed; never changes what a model is."""
 
     attention: Literal["auto", "blockwise", "reference"] = "auto"
     """Training attention: blockwise goes by chunks with its own backward pass, reference holds all logits in memory.
     auto is blockwise, but reference where devices split each sequence (parallel.context)."""
     unroll: int | None = None
     """Up to this many layers run unrolled, more are scanned; null means 8 on CPU (8 to 20 % faster), 0 elsewhere."""
+    cache: Literal["float", "int8"] = "float"
+    """Of generation: int8 rounds what the key-value cache keeps to 8 bits, with a scale for each head and position."""
 
 
 def remat_policy_names(remat: str | tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:

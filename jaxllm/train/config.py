@@ -216,6 +216,8 @@ class RunConfig:
         return quantize + qat + ((Change(lora=self.lora),) if self.lora else ())
 
     def __post_init__(self):
+        if self.kernels.cache != "float":
+            raise ValueError(f"kernels.cache={self.kernels.cache} is for generation, and training would ignore it")
         for source in (*self.data.sources, *self.data.eval_sources):
             if (source.format == "pairs") != (self.dpo is not None):
                 wanted = "pairs" if self.dpo is not None else "answers that are compared (jaxllm dpo), not text"

@@ -44,7 +44,8 @@ def decoded(model, params, lengths_B=None):
         hidden, cache, _ = model.apply(params, tokens, positions_BT=positions, lengths_B=lengths_B, cache=cache)
         return cache, model.unembed(model.head(params), hidden)
 
-    cache, out = make_cache(model.config, 3, LENGTH, chunk=CHUNK), np.zeros((3, LENGTH, tiny.VOCAB))
+    cache = make_cache(model.config, 3, LENGTH, chunk=CHUNK, stored=model.kernels.cache)
+    out = np.zeros((3, LENGTH, tiny.VOCAB))
     starts = [(start + np.arange(CHUNK), PROMPTS) for start in range(0, PROMPTS.max(), CHUNK)]
     starts += [((PROMPTS + i)[:, None], LENGTHS) for i in range(LENGTH)]
     for at, ends in starts:
@@ -85,6 +86,23 @@ def test_a_latent_cache_holds_one_short_vector_a_token():
     assert tree.nbytes(cache[1]) == 2 * 64 * ((12 + 4) * 4 + 4)
     plain = make_cache(tiny.config({"kv_heads": None}), 2, 64)
     assert tree.nbytes(plain[0]) == 2 * 64 * (2 * 4 * 8 * 4 + 4)
+
+
+@pytest.mark.parametrize("name", ["window", "latent"])
+def test_a_cache_in_8_bits_rounds_each_head_at_each_position(name):
+    """Each entry within half a step of what a float cache keeps, and so the logits nearly equal; half of the bytes."""
+    plain, rounded = (tiny.one_device(CONFIGS[name], cache=cache) for cache in ("float", "int8"))
+    params = tiny.weights(plain)
+    (expected, floats), (found, ints) = decoded(plain, params), decoded(rounded, params)
+    for row, length in enumerate(LENGTHS):
+        assert 1e-5 < tiny.relative(found[row, :length], expected[row, :length]) < 0.05
+    first, held = floats[0].read(jnp.float32)[0], ints[0]  # of the first layer, whose inputs are the same in both
+    there = np.asarray(held.positions_BS)[:, None, :, None] >= 0
+    error = np.abs(np.asarray(held.read(jnp.float32)[0] - first)) * there
+    assert held.k_BKSH.dtype == jnp.int8 and (error <= 0.51 * np.asarray(held.k_scale_BKS)[..., None]).all()
+    assert error.max() > 0
+    entries = [sum(x.nbytes for x in (c[0].k_BKSH, c[0].k_scale_BKS) if x is not None) for c in (floats, ints)]
+    assert entries[1] < 0.5 * entries[0]
 
 
 @pytest.mark.parametrize("name", ["window", "latent"])
