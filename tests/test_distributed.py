@@ -72,6 +72,7 @@ def run_file(corpus, tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_stop_together_and_go_on(run_file, tmp_path):
     one = launch([run_file, f"out={tmp_path / 'one'}"], 0, devices=2)
     together(one)

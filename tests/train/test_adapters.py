@@ -39,6 +39,7 @@ def test_only_the_adapters_train(qlora, finished):
     assert all("lora_" in path or saved[path].ndim == 0 for path in opt)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(qlora, finished, corpus, tmp_path, stop_at):
     """Stopped after 3 steps and gone on with: the same losses and weights, whatever has become of the first model."""
     out = tmp_path / "run"
@@ -80,7 +81,7 @@ def test_what_cannot_be_is_refused(finished, qlora, corpus, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize("init", [True, False])
+@pytest.mark.parametrize("init", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_weights_train_for_the_format_they_are_stored_in(init, finished, corpus, tmp_path):
     """From a trained model or from new weights; the loss falls, and storing them changes no token."""
     qat = {"rules": [{"format": "int8"}], "activations": "int8"}

@@ -53,6 +53,7 @@ def test_what_the_teacher_said_is_kept_for_other_runs(student, online, tmp_path,
     assert small.losses(first.folder) == small.losses(second.folder) == small.losses(online.folder)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(student, online, tmp_path, stop_at):
     config = student(tmp_path / "run", cache=str(tmp_path / "cache"))
     stop_at(3)

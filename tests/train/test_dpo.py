@@ -53,6 +53,7 @@ def test_the_answers_preferred_are_learnt(learnt):
     assert sorted(p.name for p in (learnt.folder / "reference").iterdir()) == ["data", "pairs-heldout.npy", "pairs.npy"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(run, learnt, tmp_path, stop_at):
     config = run(tmp_path / "run")
     stop_at(3)
@@ -63,6 +64,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, learnt, tmp_path, stop_a
         assert np.array_equal(value, tree.flatten(again.params)[path]), path
 
 
+@pytest.mark.slow
 def test_a_lost_reference_stops_the_resume(run, tmp_path, stop_at):
     config = run(tmp_path / "run")
     stop_at(3)
@@ -72,6 +74,7 @@ def test_a_lost_reference_stops_the_resume(run, tmp_path, stop_at):
         api.train(config, quiet=True)
 
 
+@pytest.mark.slow
 def test_another_model_can_be_the_reference(run, finished, learnt, tmp_path):
     """The same weights by their path give the same losses; another model gives others, and no log 2."""
     same = api.train(run(tmp_path / "same", f"dpo.reference={finished.folder}", "train.steps=1"), quiet=True)
@@ -91,6 +94,7 @@ def test_a_reference_that_moves_with_the_policy_is_found(run, tmp_path, monkeypa
         api.train(run(tmp_path / "run"), quiet=True)
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_not_the_first_model_is_found(run, tmp_path, monkeypatch):
     whole = loop.reference_of
     monkeypatch.setattr(loop, "reference_of", lambda *args, **kwargs: whole(*args, **kwargs) + 0.1)

@@ -106,7 +106,7 @@ VARIANTS = {
 @pytest.mark.parametrize(
     "variant, stop",
     [
-        ("moe, ema, dropout, microbatches", 5),
+        pytest.param("moe, ema, dropout, microbatches", 5, marks=pytest.mark.slow),
         pytest.param("stages", 2, marks=pytest.mark.slow),
         ("stages", 3),
         pytest.param("stages", 5, marks=pytest.mark.slow),

@@ -42,6 +42,7 @@ def test_a_model_is_fine_tuned_on_conversations(finished, chats, corpus, tmp_pat
     assert answer.ids
 
 
+@pytest.mark.slow
 def test_adapters_leave_the_rest_alone(finished, chats, corpus, tmp_path, capsys):
     overrides = [*TINY, f"out={tmp_path / 'run'}", f"data.cache={corpus / 'cache'}", "lora.rank=2", "train.steps=1"]
     api.train(load_sft(str(finished.folder), [str(chats)], overrides)[0])
