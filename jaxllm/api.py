@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from jaxllm.adapt import gather as gathering
 from jaxllm.adapt.changes import Change, Changes, after, trainable
 from jaxllm.adapt.quantize import QuantizeConfig, quantize_plan
 from jaxllm.checkpoint.models import changes_of, meta_of, model_of, save_model, tokenizer_folder
-from jaxllm.compress.agree import greedy_agreement
 from jaxllm.compress.calibrate import batches_of
+from jaxllm.compress.compare import compare as compare_on
 from jaxllm.compress.quantize import Errors, errors_of, needed_tokens, quantize_calibrated
 from jaxllm.data.config import DataConfig
 from jaxllm.data.prepare import prepare_source
@@ -24,7 +25,7 @@ from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import CheckpointError, SettingsError
 from jaxllm.evals.run import run_task
 from jaxllm.evals.tasks import prompts, read_task
-from jaxllm.generate.decode import unstack
+from jaxllm.generate.decode import power_of_two, unstack
 from jaxllm.generate.text import Prompt, TextGeneration, TextStream, beam_text, generate_text, stream_text
 from jaxllm.hf.export import export_hf
 from jaxllm.hf.open import open_published
@@ -273,18 +274,20 @@ def evaluate(
     data: str | Source | Sequence[str | Source],
     *,
     seq_len: int | None = None,
-    batch: int = 8,
+    batch: int | None = None,
     progress=None,
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of text: a path, several, a Source, or several, each also by itself (`KEY/NAME`).
 
-    `seq_len`: tokens in a row, which is what a prediction can see; default: the model's context.
+    `seq_len`: tokens in a row, which is what a prediction can see; default: those of the longest document, at most the
+    model's context. `batch`: rows at a time; default: up to 8 that hold 8,192 tokens.
     Raises DataError for files that cannot be read, SettingsError for rows longer than learned positions.
     """
-    seq_len = loaded.model.config.context if seq_len is None else seq_len
+    stores, ways = _stores(loaded, data), loaded.model.sharding.batch_size
+    longest = max(int(store.lengths.max()) for store in stores.values())
+    seq_len = min(loaded.model.config.context, power_of_two(longest, 64)) if seq_len is None else seq_len
     check_tokens(loaded.model.config, (), seq_len)
-    stores = _stores(loaded, data)
-    ways = loaded.model.sharding.batch_size
+    batch = max(1, min(8, 8192 // max(seq_len, 1))) if batch is None else batch
     evaluator = Evaluator(loaded.model, stores, seq_len=seq_len, batch=-(-batch // ways) * ways)
     found = evaluator(loaded.params, progress=progress)
     for key, of in (("documents", "documents"), ("tokens", "tokens"), ("bytes", "text_bytes")):
@@ -347,15 +350,18 @@ def compare(first: Loaded, second: Loaded, data, *, seq_len: int | None = None, 
     The measures of `evaluate`, and `greedy_agreement`: the share of positions at which both have the same likeliest
     next token. Raises as `evaluate` does.
     """
-    both = [evaluate(one, data, seq_len=seq_len, batch=batch) for one in (first, second)]
-    measures = ("heldout_loss", "perplexity", "bits_per_byte")
-    found = {name: {"before": both[0][name], "after": both[1][name]} for name in measures}
-    ways = first.model.sharding.batch_size
-    options = dict(seq_len=seq_len or first.model.config.context, batch=-(-batch // ways) * ways)
-    models = (first.model, first.params, second.model, second.params)
-    same = [greedy_agreement(*models, store, **options) for store in _stores(first, data).values()]
-    agreement = sum(part for part, _ in same) / sum(whole for _, whole in same)
-    return found | {"greedy_agreement": agreement, "positions": int(sum(whole for _, whole in same))}
+    seq_len, ways = seq_len or first.model.config.context, first.model.sharding.batch_size
+    check_tokens(first.model.config, (), seq_len)
+    models, stores = (first.model, first.params, second.model, second.params), _stores(first, data).values()
+    parts = [compare_on(*models, store, seq_len=seq_len, batch=-(-batch // ways) * ways) for store in stores]
+    tokens, text_bytes = sum(part.tokens for part in parts), sum(store.text_bytes for store in stores)
+    found: dict[str, Any] = {"heldout_loss": {}, "perplexity": {}, "bits_per_byte": {}}
+    for i, when in enumerate(("before", "after")):
+        nats = sum(part.nats[i] for part in parts)
+        values = (nats / tokens, math.exp(min(nats / tokens, 700)), nats / math.log(2) / text_bytes)
+        for name, value in zip(found, values, strict=True):
+            found[name][when] = value
+    return found | {"greedy_agreement": sum(part.same for part in parts) / tokens, "positions": int(tokens)}
 
 
 def evaluate_tasks(

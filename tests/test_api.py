@@ -180,3 +180,25 @@ def test_train_takes_a_dict_with_overrides_and_goes_on(finished, corpus):
     result = jaxllm.train(small.settings(corpus, "elsewhere"), [f"out={finished.folder}"], quiet=True)
     assert result.summary["steps"] == 8 and result.folder == finished.folder
     assert small.bits(tree.flatten(result.params)) == small.bits(tree.flatten(finished.params))
+
+
+def test_a_first_token_that_nothing_predicts_is_not_in_bits_per_byte(tmp_path):
+    """Without a begin-of-text token: its bytes count no more than its nats do."""
+    from jaxllm.data.encode import Encoder
+    from jaxllm.data.sources import Source
+    from jaxllm.data.tokenizer import Tokenizer
+
+    (tmp_path / "a.txt").write_text("hello there")
+    tokenizer = Tokenizer.train(["hello there, and hello again"] * 9, 300)
+    whole = next(Encoder(Source(name="a", path="-"), tokenizer)(str(tmp_path / "a.txt")))
+    assert whole.bytes == 11
+
+    class NoBegin:
+        def __getattr__(self, name):
+            return None if name == "bos" else getattr(tokenizer, name)
+
+        def encode(self, text, **options):
+            return tokenizer.encode(text, eos=True)
+
+    cut = next(Encoder(Source(name="a", path="-"), NoBegin())(str(tmp_path / "a.txt")))
+    assert cut.bytes == 11 - len(tokenizer.bytes_of[cut.ids[0]]) < 11

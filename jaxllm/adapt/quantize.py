@@ -13,6 +13,7 @@ from jaxllm.weights.form import Form
 from jaxllm.weights.formats import get_format
 from jaxllm.weights.lora import Lora
 from jaxllm.weights.quantized import Quantized, quantize
+from jaxllm.weights.rounded import Rounded
 
 #: What is quantised where nothing else is said: the matrices of the layers, but for the router, which is small and
 #: decides.
@@ -138,6 +139,11 @@ def rules_by_path(model: Model, config: QuantizeConfig) -> dict[str, QuantizeRul
         if isinstance(weights[path], Quantized):
             raise SettingsError(
                 f"{path} is quantised already ({weights[path].format}); quantise the model that this one was made from"
+            )
+        if isinstance(weights[path], Rounded):
+            raise SettingsError(
+                f"{path} was trained for {weights[path].format} and is still used rounded; store it so first "
+                "(Change(store=True)), or make it plain (Change(plain=True))"
             )
         if isinstance(weights[path], Lora):
             raise SettingsError(f"{path} has an adapter; merge it first (jaxllm merge), then quantise")

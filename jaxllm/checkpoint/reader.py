@@ -57,6 +57,12 @@ def locate(path, step: int | None = None) -> tuple[epath.Path, int | None]:
     """
     folder = absolute(path)
     if not folder.is_dir():
+        if folder.is_file():
+            pickled = folder.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+            why = (
+                "a pickle file, which can run code and is not read; convert it to safetensors" if pickled else "a file"
+            )
+            raise CheckpointError(f"{folder} is {why}; give a run folder, a Hugging Face folder or a .gguf file")
         raise CheckpointError(f"{folder}: no such folder; give a run folder, a Hugging Face folder or a .gguf file")
     if folder.name.isdigit() and manifest.sealed(folder):
         return folder.parent, int(folder.name) if step is None else step
@@ -107,4 +113,10 @@ def _newest_whole(folder: epath.Path, step: int | None, items: tuple[str, ...]) 
             continue
         return number, body, damaged
     reasons = "; ".join(f"step {number}: {why}" for number, why in damaged.items())
-    raise CheckpointError(f"{folder} has no whole checkpoint" + (f" ({reasons}): {NEXT}" if reasons else ""))
+    if reasons:
+        raise CheckpointError(f"{folder} has no whole checkpoint ({reasons}): {NEXT}")
+    files = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))[:4])
+    raise CheckpointError(
+        f"{folder} has no whole checkpoint, and no config.json of a published model; "
+        + (f"did you mean one of its files: {files}?" if files else "give a run folder, a model folder or a .gguf file")
+    )

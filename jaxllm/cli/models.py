@@ -25,11 +25,15 @@ def add_eval(verbs):
     what.add_argument("--tasks", nargs="+", metavar="FILE", help=".jsonl files of questions (docs/evaluation.md)")
     text, questions = verb.add_argument_group("of --data"), verb.add_argument_group("of --tasks")
     text.add_argument("--field", help="key or column of the text (default text)")
-    text.add_argument("--seq-len", type=int, help="tokens that a prediction can see (default: the model's context)")
+    text.add_argument(
+        "--seq-len",
+        type=int,
+        help="tokens that a prediction can see (default: the longest document's)",
+    )
     questions.add_argument("--shots", type=int, help="examples before each question (default 0)")
     questions.add_argument("--shots-from", metavar="FILE", help="take the examples from here, not the file itself")
     questions.add_argument("--seed", type=int, help="shuffle the examples (default: the first ones)")
-    verb.add_argument("--batch", type=int, default=8, help="rows at a time (default 8)")
+    verb.add_argument("--batch", type=int, help="rows at a time (default 8, or fewer long ones)")
     verb.add_argument("--ema", action="store_true", help="use the averaged weights")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     published_options(verb)
@@ -43,7 +47,7 @@ def evaluate(args) -> None:
     sources = None if args.tasks else _sources(args)
     loaded = api.load(args.model, ema=args.ema, ignore_keys=args.ignore_key)
     if args.tasks:
-        found = api.evaluate_tasks(loaded, args.tasks, batch=args.batch, **questions)
+        found = api.evaluate_tasks(loaded, args.tasks, batch=args.batch or 8, **questions)
     else:
         found = api.evaluate(loaded, sources, seq_len=args.seq_len, batch=args.batch)
     if args.json:

@@ -86,7 +86,7 @@ def _run(args, settings, scale) -> int:
 
     result = train(settings, quiet=args.quiet)
     print(f"{result.status} at step {result.summary['steps']}: {result.folder}")
-    for key in ("loss", "heldout_loss", "bits_per_byte"):
+    for key in ("loss", "heldout_loss", "bits_per_byte", "heldout_accuracy"):
         if key in result.summary:
             value = result.summary[key]  # null where it is not finite
             print(key, "not finite" if value is None else f"{value:.4f}")

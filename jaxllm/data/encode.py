@@ -37,8 +37,10 @@ class Encoder:
 
     def _texts(self, path: str, start: int, stop: int | None) -> Iterator[Document]:
         for text in documents(self.source, path, start, stop):
-            data = text.encode("utf-8")
-            yield Document(self.tokenizer.encode(text, bos=True, eos=True), len(data), text_hash(data))
+            data, ids = text.encode("utf-8"), self.tokenizer.encode(text, bos=True, eos=True)
+            # Without a begin-of-text token nothing predicts the first one: its bytes are not in what is measured.
+            first = len(self.tokenizer.bytes_of[ids[0]]) if self.tokenizer.bos is None and len(ids) else 0
+            yield Document(ids, len(data) - first, text_hash(data))
 
     def _chats(self, path: str, start: int, stop: int | None) -> Iterator[Document]:
         for offset, chat in _conversations(path, start, stop):
@@ -64,8 +66,9 @@ def texts(source: Source) -> Iterator[tuple[str, int]]:
     """The text of each document of a source, and the hash by which it is held out."""
     for path in files(source):
         if source.format == "pairs":
-            chats = (chat for _, record in records(path) for chat in pair(record))
-            yield from ((chat.text, text_hash(chat.key)) for chat in chats)
+            for _, record in records(path):
+                chosen, rejected = pair(record)
+                yield from ((chat.text, text_hash(chosen.key)) for chat in (chosen, rejected))
         elif source.format == "chat":
             yield from ((chat.text, text_hash(chat.key)) for _, chat in _conversations(path))
         else:

@@ -19,7 +19,7 @@ from jaxllm.data.shards import LEARNT, REJECTED, digest, open_answers, open_shar
 from jaxllm.errors import DataError
 
 #: Part of each store's folder name: a change of format or of how text is cut makes new shards, and reads no old ones.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)

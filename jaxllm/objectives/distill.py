@@ -76,14 +76,21 @@ def divergence(logits_BJV, ids_BJN, logprobs_BJN, temperature: float) -> jax.Arr
     return top_BJ + jnp.where(rest_p > 1e-6, rest_p * (jnp.log(jnp.maximum(rest_p, 1e-7)) - jnp.log(rest_q)), 0.0)
 
 
-def teach(model: Model, params: Params, batch: TokenBatch, *, config: DistillConfig) -> tuple[jax.Array, jax.Array]:
-    """`(top_ids_BTN, top_logprobs_BTN)`: what a teacher says of each position, int32 and float32."""
+def teach(
+    model: Model, params: Params, batch: TokenBatch, *, config: DistillConfig, vocab: int
+) -> tuple[jax.Array, jax.Array]:
+    """`(top_ids_BTN, top_logprobs_BTN)`: what a teacher says of each position, int32 and float32.
+
+    `vocab`: the student's; what the teacher has beyond it (rows that no token uses) counts for nothing.
+    """
     where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
     hidden_BTD, _, _ = model.apply(params, batch.tokens_BT, **where)
-    head, count = model.head(params), min(config.top_k, model.config.vocab)
+    head, count = model.head(params), min(config.top_k, vocab)
 
     def body(_, hidden):
-        logprobs = jax.nn.log_softmax(model.unembed(head, hidden) / config.temperature)
+        logits = model.unembed(head, hidden)
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -1e30)
+        logprobs = jax.nn.log_softmax(logits / config.temperature)
         top, ids = jax.lax.top_k(logprobs, count)
         return None, (ids, top)
 

@@ -19,7 +19,7 @@ from jaxllm.objectives.dpo import DpoConfig
 from jaxllm.optim.config import OptimConfig
 from jaxllm.optim.scale import Scale, compute_optimal
 from jaxllm.sharding import ParallelConfig
-from jaxllm.train.init import take_over, tokenizer_at
+from jaxllm.train.init import load_tokenizer, take_over, tokenizer_at
 
 
 @settings
@@ -224,6 +224,8 @@ class RunConfig:
                 raise ValueError(f"source {source.name} has format={source.format}, and the run wants {wanted}")
         if self.distill is not None and (self.dpo is not None or self.train.z_loss or self.train.neftune):
             raise ValueError("distill has an objective of its own and would ignore dpo, train.z_loss and train.neftune")
+        if self.dpo is not None:
+            _check_dpo_experts(self.model)
         if self.dpo is not None and self.train.stages:
             raise ValueError("dpo: the reference is computed once, for rows of one length; set train.steps, not stages")
         if self.dpo is not None and (self.train.init is None or self.train.z_loss or self.train.neftune):
@@ -260,6 +262,21 @@ class RunConfig:
             )
         if (chosen := self.log.profile_steps) and chosen[0] > self.train.total_steps:
             raise ValueError(f"log.profile={self.log.profile} lies after the last of {self.train.total_steps} steps")
+
+
+def _check_dpo_experts(model: ModelConfig) -> None:
+    """Raises ValueError for experts whose routing depends on more than the answer, or that need a loss of their own."""
+    for moe in (spec.moe for spec in model.layer_specs if spec.moe is not None):
+        if moe.capacity_factor is not None:
+            raise ValueError(
+                f"dpo: capacity_factor={moe.capacity_factor} drops tokens by what else is in a row, so the reference "
+                "would not be the same model; set it to null"
+            )
+        if moe.balance == "bias" or (moe.balance != "none" and moe.balance_coef != 0) or moe.z_coef:
+            raise ValueError(
+                f"dpo: balance={moe.balance} and z_coef={moe.z_coef} would be ignored, since only the preference is "
+                "learnt; set balance: none and z_coef: 0"
+            )
 
 
 #: What may change between two parts of the same run: where and how it is computed and logged, not what.
@@ -343,16 +360,16 @@ def load_sft(source: str, files: Sequence[str] | None, overrides=()) -> tuple[Ru
 
 def load_dpo(source: str, overrides=()) -> tuple[RunConfig, Scale | None]:
     """The settings of a run that learns preferences. Raises SettingsError."""
-    raw, _ = settings_of.merge(RunConfig, source, overrides)
+    raw, dial = _merged(source, overrides)
     raw |= {"dpo": raw.get("dpo") or {}, "out": raw.get("out") or f"runs/{Path(source).stem}"}
     if not (raw.get("train") or {}).get("init"):
         raise SettingsError(f"{source}: nothing to start from; set train.init to a run, a model folder or a .gguf file")
-    return load_run(raw)
+    return load_run(raw, dial)
 
 
 def load_distill(source: str, overrides=()) -> tuple[RunConfig, Scale | None]:
     """The settings of a run that learns from a teacher, whose tokenizer it takes. Raises SettingsError."""
-    raw, _ = settings_of.merge(RunConfig, source, overrides)
+    raw, dial = _merged(source, overrides)
     teacher = (raw.get("distill") or {}).get("teacher")
     if not teacher:
         raise SettingsError(
@@ -361,7 +378,13 @@ def load_distill(source: str, overrides=()) -> tuple[RunConfig, Scale | None]:
     data = raw.get("data") or {}
     raw |= {"data": data if data.get("tokenizer") else data | {"tokenizer": tokenizer_at(teacher)}}
     raw |= {"out": raw.get("out") or f"runs/{Path(source).stem}"}
-    return load_run(raw)
+    return load_run(raw, dial)
+
+
+def _merged(source: str, overrides) -> tuple[dict, list[str]]:
+    """The settings without what the dial derives, and the overrides that turn it."""
+    dial = [text for text in overrides if text.startswith("model.depth=")]
+    return settings_of.merge(RunConfig, source, [text for text in overrides if text not in dial])[0], dial
 
 
 #: What the dial derives.
@@ -387,9 +410,7 @@ def _without_derived(raw: dict) -> dict:
 def _vocab(data) -> int:
     data = data if isinstance(data, dict) else {}
     if data.get("tokenizer"):
-        from jaxllm.data.tokenizer import Tokenizer
-
-        return Tokenizer.load(data["tokenizer"]).vocab
+        return load_tokenizer(data["tokenizer"]).vocab
     return data.get("vocab", 4096)
 
 

@@ -24,7 +24,11 @@ if typing.TYPE_CHECKING:
     from jaxllm.train.loop import Trainer
 
 #: What the summary takes over from the metrics, the newest of each.
-SHOWN = ("loss", *(name + of for of in ("", SAMPLE) for name in (LOSS, "perplexity", "bits_per_byte")))
+SHOWN = (
+    "loss",
+    *(name + of for of in ("", SAMPLE) for name in (LOSS, "perplexity", "bits_per_byte")),
+    *(f"heldout_{name}{of}" for of in ("", SAMPLE) for name in ("accuracy", "margin")),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.data.trained import open_tokenizer
 from jaxllm.errors import CheckpointError
 from jaxllm.train.config import RunConfig, differences
+from jaxllm.train.init import load_tokenizer
 from jaxllm.train.writers import read_jsonl
 
 ELSEWHERE = "choose another folder with out=..."
@@ -92,7 +93,8 @@ class RunFolder:
         for folder in (self.tokenizer_dir, self.checkpoints / "tokenizer"):
             if Tokenizer.found(folder):
                 return Tokenizer.load(folder)
-        tokenizer = open_tokenizer(self.config.data, say)
+        given = str(self.config.data.tokenizer)
+        tokenizer = load_tokenizer(given) if given.endswith(".gguf") else open_tokenizer(self.config.data, say)
         if tokenizer.vocab > self.config.model.vocab:
             raise CheckpointError(
                 f"the tokenizer has {tokenizer.vocab} pieces and the model a vocabulary of {self.config.model.vocab}; "

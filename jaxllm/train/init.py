@@ -73,6 +73,9 @@ def _read(init: str, model: Model, tokenizer: Tokenizer) -> Params:
 
 def check_trainable(model: Model, pattern: str) -> None:
     """Raises SettingsError where the pattern chooses codes of quantised weights: no gradient reaches them."""
+    adapters = [path for path in tree.flatten(model.abstract) if "/lora_" in path]
+    if adapters and not any(tree.matches(pattern, path) for path in adapters):
+        raise SettingsError(f"train.trainable={pattern} trains none of the adapters; leave it out, or merge them first")
     quantised = [path for path, w in tree.flatten(model.abstract, _is_quantised).items() if _is_quantised(w)]
     if chosen := [path for path in quantised if tree.matches(pattern, f"{path}/codes")]:
         raise SettingsError(
@@ -99,6 +102,11 @@ def take_over(raw: dict) -> dict:
         theirs = config_of(read_meta(init)[1], init)
     own = {} if "vocab" in data else {"tokenizer": tokenizer_at(init)}
     return raw | {"model": settings_of.to_dict(theirs) | model, "data": own | data}
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """What `data.tokenizer` names: a tokenizer's folder or file, a Hugging Face folder, or a .gguf file."""
+    return open_published(path).tokenizer() if str(path).endswith(".gguf") else Tokenizer.load(path)
 
 
 def tokenizer_at(path: str) -> str:

@@ -129,6 +129,9 @@ class Trainer:
             first_says(self.folder.refuse_to_start_over)
             self.show.say(f"{self.folder.path} has no checkpoint yet: starting at step 0")
         self.checkpoints.check_space(self.abstract)
+        for one in self.origin.before:
+            kind = ", ".join(name for name, value in vars(one).items() if value)
+            self.show.say(f"{self.origin.init} comes with a change of its weights, which stays: {kind}")
         key, params = jax.random.key(self.config.train.seed), None
         if self.config.train.init is not None or self.origin.changes:
             params = first_weights(self.origin, self.plain_model(self.stages[0]), self.tokenizer, key)
@@ -142,7 +145,7 @@ class Trainer:
         if jax.process_count() > 1:
             raise SettingsError(f"dpo runs in one process, not in {jax.process_count()}; set parallel.processes=1")
         if path is not None:
-            model, params = frozen_model(path, self.sharding, self.tokenizer, "dpo.reference")
+            model, params = frozen_model(path, self.sharding, self.tokenizer, "dpo.reference", stage.seq_len)
         options = dict(length=stage.seq_len, batch=self.rows_of(stage), truncate=self.config.data.truncate)
         self.show.say(f"log-probabilities of the reference ({path or 'the weights the run starts from'})")
         return {name: reference_of(model, params, store, **options) for name, store in self.stores.items()}
@@ -180,8 +183,8 @@ class Trainer:
     def _open(self, step: int) -> None:
         if not (self.folder.resumed and self.folder.settings.exists()):
             self.folder.write_start(self.tokenizer)
-            if self.reference:
-                save_reference(self.folder.path, self.reference, self.fingerprint)
+        if self.reference and step == 0:
+            save_reference(self.folder.path, self.reference, self.fingerprint)
         self.recorder.open(self.folder.path, step if self.folder.resumed else None)
 
     def run_stage(self, state: TrainState, index: int) -> TrainState:

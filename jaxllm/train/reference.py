@@ -17,15 +17,18 @@ from jaxllm.data.store import TokenStore
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import CheckpointError, SettingsError
 from jaxllm.hf.open import open_published
-from jaxllm.model.build import Model, Params
+from jaxllm.model.build import Model, Params, check_tokens
 from jaxllm.objectives.logprobs import token_logprobs
 from jaxllm.sharding import Sharding
 
 FOLDER = "reference"
 
 
-def frozen_model(path: str, sharding: Sharding, tokenizer: Tokenizer, what: str) -> tuple[Model, Params]:
-    """The model at `path`, to be used as it is. Raises SettingsError where it has another tokenizer."""
+def frozen_model(path: str, sharding: Sharding, tokenizer: Tokenizer, what: str, length: int) -> tuple[Model, Params]:
+    """The model at `path`, to be used as it is on rows of `length`.
+
+    Raises SettingsError where it has another tokenizer, or fewer learned positions.
+    """
     if (published := open_published(path)) is not None:
         (model, params), theirs = published.load(sharding), published.tokenizer()
     else:
@@ -36,6 +39,7 @@ def frozen_model(path: str, sharding: Sharding, tokenizer: Tokenizer, what: str)
             f"{what}={path} has another tokenizer (hash {theirs.hash[:12]}, here {tokenizer.hash[:12]}): its "
             "probabilities are of other tokens; choose a model with the same one"
         )
+    check_tokens(model.config, (), length)
     return model, params
 
 

@@ -77,11 +77,12 @@ def _check_segments(model: Model, same_BT, row: int, at: int, stop: int, segment
 def _check_mask(model: Model, params, hidden_BTD, batch: TokenBatch) -> str:
     """The gradient by the outputs is zero wherever nothing is to be learnt, and nowhere else."""
 
-    def loss(hidden_BTD):
+    def loss(hidden_BTD, head):
         mask_BT = batch.mask_BT.astype(jnp.float32)
-        return cross_entropy(model, model.head(params), hidden_BTD, batch.targets_BT, mask_BT)[0]
+        return cross_entropy(model, head, hidden_BTD, batch.targets_BT, mask_BT)[0]
 
-    moved_BT = np.asarray(jax.jit(lambda h: jnp.any(jax.grad(loss)(h) != 0, axis=-1))(hidden_BTD))
+    moved = jax.jit(lambda hidden, head: jnp.any(jax.grad(loss)(hidden, head) != 0, axis=-1))
+    moved_BT = np.asarray(moved(hidden_BTD, model.head(params)))
     learnt_BT = np.asarray(batch.mask_BT) > 0
     if not learnt_BT.any():
         raise TrainingError("self-check: the first batch holds no token to learn; see jaxllm data inspect --chat")
@@ -111,7 +112,7 @@ class Frozen:
         self.before = self._sums(params)
 
     def check(self, params: Params) -> list[str]:
-        """Raises TrainingError where one has moved, or where none that trains has."""
+        """Raises TrainingError where one has moved."""
         frozen = [not chosen for chosen in jax.tree.leaves(self.mask)]
         same = [bool(a == b) for a, b in zip(self.before, self._sums(params), strict=True)]
         if moved := [name for name, f, equal in zip(self.names, frozen, same, strict=True) if f and not equal]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxllm.checkpoint import read_meta
+from jaxllm.checkpoint import locate, manifest, read_meta
 from jaxllm.data.batch import TokenBatch
 from jaxllm.data.shards import digest
 from jaxllm.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ class Teacher:
         self.config, self.sharding, self.tokenizer = config, sharding, tokenizer
         if config.cache is not None and jax.process_count() > 1:
             raise SettingsError(f"distill.cache={config.cache} is for one process, not {jax.process_count()}")
-        self.count = min(config.top_k, student.vocab)
+        self.vocab, self.count = student.vocab, min(config.top_k, student.vocab)
         self._step = self._cache = None
 
     def open_cache(self, stream_fingerprint: str, rows: int, length: int) -> None:
@@ -49,8 +49,14 @@ class Teacher:
 
     def _teach(self, batch: TokenBatch):
         if self._step is None:
-            model, params = frozen_model(self.config.teacher, self.sharding, self.tokenizer, "distill.teacher")
-            step = jax.jit(lambda params, batch: teach(model, params, batch, config=self.config))
+            length, options = batch.tokens_BT.shape[1], dict(config=self.config, vocab=self.vocab)
+            model, params = frozen_model(self.config.teacher, self.sharding, self.tokenizer, "distill.teacher", length)
+            if model.config.vocab < self.vocab:
+                raise SettingsError(
+                    f"distill.teacher={self.config.teacher} has a vocabulary of {model.config.vocab:,}, and the "
+                    f"student of {self.vocab:,}; set model.vocab={model.config.vocab}"
+                )
+            step = jax.jit(lambda params, batch: teach(model, params, batch, **options))
             self._step = lambda batch: step(params, batch)
         return self._step(batch)
 
@@ -93,7 +99,5 @@ def _version(teacher: str) -> list:
     if open_published(teacher) is not None:
         files = sorted(Path(teacher).glob("*.safetensors")) if Path(teacher).is_dir() else [Path(teacher)]
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    step, meta = read_meta(teacher)
-    if "settings" not in meta and "changes" not in meta:
-        raise SettingsError(f"distill.cache: {teacher} does not say what its weights are; leave distill.cache out")
-    return [str(Path(teacher).resolve()), step, meta.get("data"), digest(meta.get("settings")), meta["model"]]
+    folder, step = locate(teacher, read_meta(teacher)[0])
+    return [step, digest(manifest.read(folder / str(step)))]  # checksums of the arrays among the rest

@@ -20,7 +20,7 @@ def model():
 def taught(model, config, seed=9):
     """A batch with what a teacher of other weights says of it, and the teacher's logits."""
     batch, teacher = tiny.batch(), tiny.weights(model, seed=seed)
-    ids, logprobs = jax.jit(lambda p: teach(model, p, batch, config=config))(teacher)
+    ids, logprobs = jax.jit(lambda p: teach(model, p, batch, config=config, vocab=tiny.VOCAB))(teacher)
     logits = np.asarray(jax.jit(model.logits)(teacher, batch.tokens_BT, **tiny.where(batch)), np.float64)
     return dataclasses.replace(batch, top_ids_BTN=ids, top_logprobs_BTN=logprobs), logits[..., : tiny.VOCAB]
 

@@ -63,3 +63,12 @@ def test_a_published_model_is_fine_tuned_and_written_back(corpus, tmp_path, publ
     assert tiny.bit_equal(back.params, loaded.params) and back.tokenizer.hash == loaded.tokenizer.hash
     before = open_folder(published).load()[1]
     assert not tiny.bit_equal(before, back.params)
+
+
+def test_a_gguf_file_is_fine_tuned_with_its_own_tokenizer(corpus, tmp_path, finished):
+    """Written by export, and taken as train.init with nothing else said of model or tokenizer."""
+    path = tmp_path / "model.gguf"
+    api.export(api.load(finished.folder), path, to="gguf", dtype="f32")
+    result = api.train(settings(corpus, tmp_path / "run", path, train__steps=1), quiet=True)
+    assert result.config.data.tokenizer == str(path) and result.status == "finished"
+    assert api.load(result.folder).tokenizer.encode("def f").tolist() == finished.tokenizer.encode("def f").tolist()
