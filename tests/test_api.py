@@ -99,6 +99,7 @@ def test_loading_what_is_not_there_is_refused(finished, tmp_path):
         jaxllm.load(finished.folder, parallel=ParallelConfig(data=3))
 
 
+@pytest.mark.slow
 def test_another_mesh_gives_the_same_weights_and_logits(finished, loaded, corpus):
     other = jaxllm.load(finished.folder, parallel=ParallelConfig(data=2, fsdp=2, tensor=2))
     assert other.params["embed"].sharding != loaded.params["embed"].sharding

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxllm import tree
 from jaxllm.config import parse
@@ -38,6 +39,15 @@ DENSE = config(
 )
 #: A dense layer first, then experts with a shared one beside them.
 MOE = config(prefix=[layer()], layers=3, moe={"shared_ffw": 16}, vocab_multiple=8)
+
+
+#: Families that between them have every mechanism; of tests of all families, the others are left to `make slow`.
+CORE = ("gpt2", "llama3.1", "gemma3", "qwen3_moe", "phi3-longrope", "olmo2", "gpt_oss", "deepseek_v3")
+
+
+def families(variants) -> list:
+    """Parameters of a test of all of `variants`, those outside of CORE marked slow."""
+    return [v if v in CORE else pytest.param(v, marks=pytest.mark.slow) for v in variants]
 
 
 def one_device(config: ModelConfig, **kernels) -> Model:

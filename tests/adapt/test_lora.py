@@ -190,6 +190,7 @@ def trained():
     return [(model, randomised(params, seed)) for seed, (model, params) in enumerate(made_of)]
 
 
+@pytest.mark.slow
 def test_gathered_adapters_give_each_row_what_its_own_gives(trained):
     config, params = gather([params for _, params in trained])
     changes = (Change(lora=config), Change(several=3))

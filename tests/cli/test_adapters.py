@@ -11,6 +11,8 @@ from jaxllm.adapt.lora import TRAINABLE, LoraConfig
 from jaxllm.checkpoint import load as load_arrays
 from jaxllm.errors import SettingsError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def adapted(finished, tmp_path_factory):

@@ -24,6 +24,7 @@ def config_of(*rules, **options):
     return QuantizeConfig(rules=tuple(QuantizeRule(**rule) for rule in rules), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, pytest.param({"fsdp": 4, "expert": 2}, marks=pytest.mark.slow)])
 def test_methods_by_rule_give_what_the_plan_describes(mesh, monkeypatch):
     """GPTQ in order, AWQ and rounding in one model, on one device and on eight."""
@@ -71,6 +72,7 @@ def outliers(path, w):
     return w / scale.reshape(32, *[1] * (w.ndim - 2)) if reads else w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, make, share", [("gptq", correlated, 0.7), ("awq", outliers, 0.7)])
 def test_logits_are_nearer_to_those_of_the_model_than_with_rounding(method, make, share):
     model, rule = tiny.one_device(tiny.config(layers=2)), dict(format="int4", group=16)

@@ -60,6 +60,7 @@ def test_int8_costs_next_to_nothing(alone, texts, activations, bar):
     assert all(found[name]["after"] == pytest.approx(measured[name], rel=1e-5) for name in found if name in measured)
 
 
+@pytest.mark.slow
 def test_gptq_by_rules_with_its_report(verb, texts, tmp_path):
     rules = ["--rule", "**/down=float", "--rule", "**/attn/*=nf4:8", "--eval", texts[0]]
     argv = [*"--format int4 --group 16 --tables --method gptq --out q --tokens 400 --calibrate".split(), *texts, *rules]
@@ -80,6 +81,7 @@ def test_gptq_by_rules_with_its_report(verb, texts, tmp_path):
     assert code == 2 and "layers/0/attn/k is quantised already (nf4)" in said and not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_a_quantised_model_generates_what_its_values_do(alone):
     config = QuantizeConfig(rules=(QuantizeRule(pattern="**", format="int4", group=8),))
     smaller, _ = api.quantize(alone, config)

@@ -227,7 +227,7 @@ def test_tokenising_does_not_load_jax():
 
 def test_large_vocabulary_takes_four_bytes(folder, tokenizer):
     class Large:
-        vocab, hash = 70_000, "large"
+        vocab, hash, bos = 70_000, "large", 2
 
         def encode(self, text, bos, eos):
             return np.array([2, 69_999, 3], np.int32)

@@ -36,6 +36,7 @@ def models(dense):
     return [*ones, tuple(dense)], (after(dense.model, (Change(lora=config), Change(several=2))), params)
 
 
+@pytest.mark.slow
 def test_rows_with_adapters_of_their_own(models, monkeypatch):
     """Prompts read a row at a time; two samples of each; greedy, sampled and by beams."""
     monkeypatch.setattr(decode, "PREFILL", 16)

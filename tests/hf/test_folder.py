@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
 
 from jaxllm import tree
 from jaxllm.data.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(a[path].tobytes() == b[path].tobytes() for path in a)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", tiny.families(VARIANTS))
 def test_import_export_and_import_again_are_bit_equal(variant, tmp_path):
     folder, tensors = save(tmp_path / "a", variant)
     opened = open_folder(folder)

@@ -6,6 +6,7 @@ import sys
 import gguf
 import numpy as np
 import pytest
+import tiny
 
 from jaxllm import tree
 from jaxllm.data.tokenizer import Tokenizer
@@ -110,7 +111,7 @@ def leaves(config, params):
     return {path: leaf[: config.vocab] if path in ("embed", "head") else leaf for path, leaf in flat.items()}
 
 
-@pytest.mark.parametrize("variant", EXPORTABLE)
+@pytest.mark.parametrize("variant", tiny.families(EXPORTABLE))
 def test_exported_and_imported_weights_are_bit_equal(variant, tmp_path, words):
     architecture, changes = EXPORTABLE[variant]
     config, params = small(variant, **changes)

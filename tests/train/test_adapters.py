@@ -9,6 +9,8 @@ from jaxllm import api, tree
 from jaxllm.adapt.changes import Change
 from jaxllm.errors import SettingsError
 
+pytestmark = pytest.mark.slow
+
 LORA = {"rank": 4, "alpha": 8.0, "pattern": "**/attn/*,**/mlp/*", "dropout": 0.1}
 INT8 = {"rules": [{"format": "int8"}]}
 

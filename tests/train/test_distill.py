@@ -9,6 +9,8 @@ from jaxllm.errors import SettingsError
 from jaxllm.train import teacher
 from jaxllm.train.config import load_distill
 
+pytestmark = pytest.mark.slow
+
 STUDENT = small.MODEL | {
     "embed": 16,
     "layers": 1,

@@ -138,6 +138,7 @@ def whole_runs(corpus, tmp_path_factory):
     return whole
 
 
+@pytest.mark.slow
 def test_router_biases_moved_and_weights_were_averaged(whole_runs):
     """Without this the comparison above could hold for runs in which neither took part."""
     found = small.saved(whole_runs("moe, ema, dropout, microbatches"))
@@ -163,6 +164,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_the_run_still_ends_bit_equal
     assert small.bits(small.saved(tmp_path / "run", 8)) == small.bits(small.saved(finished.folder, 8))
 
 
+@pytest.mark.slow
 def test_another_mesh_restores_the_same_bits_and_goes_on(finished, corpus, tmp_path, stop_at, monkeypatch):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     loaded = api.load(finished.folder, parallel=ParallelConfig(**mesh))

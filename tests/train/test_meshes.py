@@ -103,6 +103,7 @@ def three_steps(optimizer: str, sharding):
     return losses, jax.tree.map(np.asarray, state.params), state.opt, abstract.opt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon", "adamw"])  # the state of lion and sgd is as adamw's
 def test_an_optimizer_takes_three_steps_on_a_mesh_as_on_one_device(optimizer):
     losses, weights, state, described = three_steps(optimizer, make_sharding(ParallelConfig(fsdp=4, tensor=2)))

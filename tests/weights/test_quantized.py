@@ -116,7 +116,8 @@ def test_rows_of_a_table(double):
     form = Form("oi", (24, 32))
     w = shuffled(quantize(jnp.asarray(normal(24, 32)), form, "nf4", group=16, double=double))
     ids = jnp.asarray([[3, 0], [23, 3]])
-    np.testing.assert_array_equal(w.take(ids, jnp.float32), np.asarray(dense(w))[np.asarray(ids)])
+    # Two programs: each may contract a product and a sum into one rounding, or not.
+    np.testing.assert_array_max_ulp(np.asarray(w.take(ids, jnp.float32)), np.asarray(dense(w))[np.asarray(ids)], 2)
 
 
 @pytest.mark.parametrize("activations", [None, "int8"])
