@@ -4,11 +4,13 @@ import json
 import runpy
 from pathlib import Path
 
+import pytest
 import small
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

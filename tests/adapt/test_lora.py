@@ -116,6 +116,7 @@ def test_the_compressed_cache_of_latent_attention_sees_the_adapters(kind):
     assert tiny.relative(cached(params), jax.jit(model.logits)(params, tokens)) < 1e-5
 
 
+@pytest.mark.slow
 def test_only_adapters_train():
     """Their optimizer state alone exists; codes, scales and norms keep every bit; dropout differs
     from step to step, so that the same batch has another loss without any learning."""

@@ -66,6 +66,7 @@ def test_length_penalty_changes_which_is_best(small, score):
     assert len(best[-2.0]) < len(best[4.0]), "the cases above tell penalties apart"
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy_and_more_are_never_worse(small):
     greedy = generate(*small, PROMPTS, max_tokens=12, temperature=0)
     one = beam_search(*small, PROMPTS, max_tokens=12, beams=1)

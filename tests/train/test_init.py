@@ -55,6 +55,7 @@ def test_settings_and_weights_are_taken_over(corpus, tmp_path, published):
         first_weights(origin_of(str(published), ()), build(config.model), another, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_published_model_is_fine_tuned_and_written_back(corpus, tmp_path, published):
     result = api.train(settings(corpus, tmp_path / "run", published, train__steps=3), quiet=True)
     loaded = api.load(result.folder)

@@ -31,10 +31,10 @@ MESHES = {
 CASES = [
     ("dense", "fsdp8"),
     ("dense", "data2 fsdp2 tensor2"),
-    ("dense", "context2 fsdp4"),
-    ("moe", "data2 fsdp2 tensor2"),
+    pytest.param("dense", "context2 fsdp4", marks=pytest.mark.slow),
+    pytest.param("moe", "data2 fsdp2 tensor2", marks=pytest.mark.slow),
     ("moe", "expert4 fsdp2"),
-    ("moe", "context2 fsdp4"),
+    pytest.param("moe", "context2 fsdp4", marks=pytest.mark.slow),
     ("moe", "tensor2 fsdp4"),
 ]
 BATCH = tiny.batch(rows=8)
