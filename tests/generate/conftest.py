@@ -52,7 +52,10 @@ def dense():
     return Made(tiny.one_device(CONFIGS["dense"]))
 
 
-@pytest.fixture(scope="session", params=CONFIGS)
+@pytest.fixture(
+    scope="session",
+    params=[name if name in ("dense", "latent") else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS],
+)
 def made(request, dense):
     """One of each kind."""
     return dense if request.param == "dense" else Made(tiny.one_device(CONFIGS[request.param]))
