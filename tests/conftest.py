@@ -39,3 +39,11 @@ def finished(corpus, tmp_path_factory):
     from jaxllm import api
 
     return api.train(small.settings(corpus, tmp_path_factory.mktemp("runs") / "finished"), quiet=True)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """For tests of the command line: an empty folder as working folder and home."""
+    monkeypatch.setenv("JAXLLM_LAUNCH", "0")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)

@@ -24,12 +24,7 @@ from jaxllm.checkpoint import Preemption
 from jaxllm.errors import SettingsError
 from jaxllm.train import loop, runs
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXLLM_LAUNCH", "0")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture
@@ -72,7 +67,8 @@ def test_every_verb_shows_an_example_that_parses():
     for words, verb in verbs.items():
         example = cli.EXAMPLES[" ".join(words)]
         assert f"example:\n  {example}" in verb.format_help()
-        assert cli.parse(shlex.split(example)[1:]).run is verb.get_default("run")
+        parsed = cli.parse(shlex.split(example)[1:])
+        assert parsed.run is verb.get_default("run") and getattr(parsed, "load", None) is verb.get_default("load")
 
 
 @pytest.mark.fast

@@ -136,7 +136,9 @@ def add_parity(verbs):
     verb.add_argument("model", nargs="?", metavar="MODEL_DIR", help="Hugging Face folder or .gguf file")
     verb.add_argument("--family", help="instead of a folder: a small random model of this family, or of all")
     verb.add_argument(
-        "--text", metavar="FILE", help="UTF-8 text whose first 512 tokens are compared (default: a few lines)"
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text: its first 512 tokens are compared, and our perplexity is of all (default: a few lines)",
     )
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     published_options(verb)
@@ -157,8 +159,11 @@ def parity(args) -> int:
     if args.json:
         print(prove.as_json(reports))
     failed = [report.name for report in reports if not report.holds]
-    print(f"parity fails: {', '.join(failed)}" if failed else f"parity holds: {len(reports)}", file=sys.stderr)
-    return 1 if failed else 0
+    if failed:
+        print(f"parity fails: {', '.join(failed)}", file=sys.stderr)
+        return 1
+    print(f"parity holds: {reports[0].name if len(reports) == 1 else f'{len(reports)} models'}", file=sys.stderr)
+    return 0
 
 
 def _reports(args, prove):

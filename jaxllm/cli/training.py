@@ -1,4 +1,4 @@
-"""Verbs that train and look at runs: train, runs, demo."""
+"""Verbs that train and look at runs: train, sft, dpo, distill, runs, demo."""
 
 import logging
 import sys
@@ -7,74 +7,61 @@ from jaxllm.cli.common import new_verb
 
 
 def add_train(verbs):
-    verb = new_verb(
-        verbs,
-        "train",
-        "train a model by a settings file, or go on with a run that was stopped",
-        train,
-        launch=logging.INFO,
-    )
-    verb.add_argument("config", metavar="RUN.yaml", help="settings file, or the name of a shipped one (configs/runs)")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
-    verb.add_argument("--print-config", action="store_true", help="show all settings, resolved, with their meaning")
-    verb.add_argument("--quiet", action="store_true", help="no progress")
+    help = "train a model by a settings file, or go on with a run that was stopped"
+    _run_verb(verbs, "train", help, _train)
 
 
-def train(args) -> int:
-    from jaxllm.train.config import load_run
-
-    return _run(args, *load_run(args.config, args.overrides))
+def _train(read, args):
+    return read.load_run(args.config, args.overrides)
 
 
 def add_sft(verbs):
     help = "fine-tune a model on conversations: supervised fine-tuning on what the assistant says"
-    verb = new_verb(verbs, "sft", help, sft, launch=logging.INFO)
-    verb.add_argument("config", metavar="RUN.yaml|MODEL", help="settings file; or a model, which needs --data")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    what = "settings file; or a model, which needs --data"
+    verb = _run_verb(verbs, "sft", help, _sft, metavar="RUN.yaml|MODEL", what=what)
     verb.add_argument("--data", action="append", metavar="FILE", help="conversations for MODEL (docs/data.md)")
-    verb.add_argument("--print-config", action="store_true", help="show all settings, resolved, with their meaning")
-    verb.add_argument("--quiet", action="store_true", help="no progress")
 
 
-def sft(args) -> int:
-    from jaxllm.train.config import load_sft
-
-    return _run(args, *load_sft(args.config, args.data, args.overrides))
+def _sft(read, args):
+    return read.load_sft(args.config, args.data, args.overrides)
 
 
 def add_dpo(verbs):
     help = "teach a model which of two answers is preferred: direct preference optimisation"
-    verb = new_verb(verbs, "dpo", help, dpo, launch=logging.INFO)
-    verb.add_argument("config", metavar="RUN.yaml", help="settings file, or the name of a shipped one (configs/runs)")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
-    verb.add_argument("--print-config", action="store_true", help="show all settings, resolved, with their meaning")
-    verb.add_argument("--quiet", action="store_true", help="no progress")
+    _run_verb(verbs, "dpo", help, _dpo)
 
 
-def dpo(args) -> int:
-    from jaxllm.train.config import load_dpo
-
-    return _run(args, *load_dpo(args.config, args.overrides))
+def _dpo(read, args):
+    return read.load_dpo(args.config, args.overrides)
 
 
 def add_distill(verbs):
     help = "train a student on text and on what a teacher with the same tokenizer says of it"
-    verb = new_verb(verbs, "distill", help, distill, launch=logging.INFO)
-    verb.add_argument("config", metavar="RUN.yaml", help="settings file, or the name of a shipped one (configs/runs)")
+    _run_verb(verbs, "distill", help, _distill)
+
+
+def _distill(read, args):
+    return read.load_distill(args.config, args.overrides)
+
+
+NAMED = "settings file, or the name of a shipped one (configs/runs)"
+
+
+def _run_verb(verbs, name: str, help: str, load, metavar: str = "RUN.yaml", what: str = NAMED):
+    """A verb that trains by a settings file; `load(train.config, args)` reads the settings."""
+    verb = new_verb(verbs, name, help, _run, load=load, launch=logging.INFO)
+    verb.add_argument("config", metavar=metavar, help=what)
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
     verb.add_argument("--print-config", action="store_true", help="show all settings, resolved, with their meaning")
     verb.add_argument("--quiet", action="store_true", help="no progress")
+    return verb
 
 
-def distill(args) -> int:
-    from jaxllm.train.config import load_distill
-
-    return _run(args, *load_distill(args.config, args.overrides))
-
-
-def _run(args, settings, scale) -> int:
+def _run(args) -> int:
     from jaxllm import config
+    from jaxllm.train import config as read
 
+    settings, scale = args.load(read, args)
     if scale is not None:
         run = settings.train
         print(scale.derivation())

@@ -45,6 +45,8 @@ class Report:
     name: str
     rows: list[compare.Comparison]
     keys: Keys
+    text: tuple[int, float] | None = None
+    """Of a given text, whole: its tokens, and the perplexity that our model finds in windows of at most 512."""
 
     @property
     def holds(self) -> bool:
@@ -54,13 +56,16 @@ class Report:
 def prove(path: str | Path, *, text: str | None = None, ignore_keys: tuple[str, ...] = ()) -> Report:
     """Compares a model in a Hugging Face folder or .gguf file with the reference, and with transformers if it is here.
 
-    `text`: its first 512 tokens are read by both; default: a few lines. Raises UserError for what cannot be read.
+    `text`: its first 512 tokens are read by both, and all of it by our model; default: a few lines.
+    Raises UserError for what cannot be read.
     """
     published = open_published(path, ignore_keys=ignore_keys)
     if published is None:
         raise SettingsError(f"{path}: no config.json there and no .gguf file; give the folder of a published model")
     model, params = published.load()
-    ids = _ids(published, text)
+    whole = _ids(published, text)
+    longest = min(LONGEST, model.config.context)
+    ids = whole[:longest]
     if str(path).endswith(".gguf"):  # the reference computes by itself, but gets config and tensors from our reader
         raw, tensors = published.raw, published.tensors()
         reference = _reference(raw, lambda name: tensors[name].map(), set(tensors))
@@ -74,7 +79,15 @@ def prove(path: str | Path, *, text: str | None = None, ignore_keys: tuple[str, 
         and importlib.util.find_spec("transformers")
     ):
         rows += _beside("transformers", raw, ours(model, params), _transformers(path), reference, ids)
-    return Report(str(path), rows, published.keys)
+    found = None if text is None else (len(whole), _perplexity(ours(model, params), whole, longest))
+    return Report(str(path), rows, published.keys, found)
+
+
+def _perplexity(ours: compare.Logits, ids: np.ndarray, longest: int) -> float:
+    """Every token but the first is predicted once, from those before it in its window."""
+    windows = [ids[start : start + longest] for start in range(0, len(ids) - 1, longest - 1)]
+    nats = sum((len(window) - 1) * np.log(compare.perplexity(ours(window, 0), window)) for window in windows)
+    return float(np.exp(nats / (len(ids) - 1)))
 
 
 def prove_family(variant: str, *, change: Callable[[dict], dict] = lambda raw: raw, seed: int = 0) -> Report:
@@ -113,7 +126,6 @@ def _beside(name: str, raw: dict, ours, other, reference, ids) -> list[compare.C
 
 
 def _ids(published: OurFolder, text: str | None) -> np.ndarray:
-    context = published.config.context
     try:
         ids = published.tokenizer().encode(TEXT if text is None else text, bos=True)
     except UserError:
@@ -122,7 +134,7 @@ def _ids(published: OurFolder, text: str | None) -> np.ndarray:
         ids = np.random.default_rng(0).integers(0, published.config.vocab, LENGTH)  # a folder without a tokenizer
     if len(ids) < 2:
         raise DataError("the text has fewer than two tokens; give a longer one with --text")
-    return np.asarray(ids, np.int32)[: min(LONGEST, context)]
+    return np.asarray(ids, np.int32)
 
 
 def ours(model: Model, params: Params) -> compare.Logits:
@@ -191,6 +203,8 @@ def show(report: Report) -> str:
     used = ", ".join(report.keys.used)
     lines = [report.name, compare.table(report.rows), f"keys used: {used}", "keys ignored:"]
     lines += [f"  {key:<28} {why}" for key, why in report.keys.ignored.items()]
+    if report.text is not None:
+        lines.append("perplexity of the text: {1:.4f} ({0:,} tokens, in windows of at most 512)".format(*report.text))
     return "\n".join(lines)
 
 
@@ -199,5 +213,7 @@ def as_json(reports: list[Report]) -> str:
     for report in reports:
         found = [dataclasses.asdict(row) | {"holds": row.holds} for row in report.rows]
         keys = {"used": report.keys.used, "ignored": report.keys.ignored}
-        rows.append({"model": report.name, "holds": report.holds, "comparisons": found, "keys": keys})
+        rows.append(
+            {"model": report.name, "holds": report.holds, "comparisons": found, "keys": keys, "text": report.text}
+        )
     return json.dumps(rows, indent=1)

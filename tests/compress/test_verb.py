@@ -14,12 +14,7 @@ from jaxllm.adapt.quantize import QuantizeConfig, QuantizeRule
 from jaxllm.sharding import ParallelConfig
 from jaxllm.weights.quantized import Quantized
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXLLM_LAUNCH", "0")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture

@@ -9,12 +9,7 @@ from jaxllm import api, cli
 from jaxllm.data.sources import Source
 from jaxllm.errors import SettingsError
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXLLM_LAUNCH", "0")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture
