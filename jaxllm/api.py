@@ -35,8 +35,9 @@ from jaxllm.model.build import Model, Params, build, check_tokens
 from jaxllm.model.change import change, changed, weights_of
 from jaxllm.sharding import ParallelConfig, make_sharding
 from jaxllm.train import loop
-from jaxllm.train.config import RunConfig, load_run
+from jaxllm.train.config import RunConfig
 from jaxllm.train.evaluate import Evaluator
+from jaxllm.train.load import load_run
 from jaxllm.weights.lora import Lora
 
 log = logging.getLogger("jaxllm")

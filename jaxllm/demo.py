@@ -18,8 +18,9 @@ from jaxllm.model.build import build
 from jaxllm.objectives.lm import lm
 from jaxllm.optim.optimizers import make_optimizer
 from jaxllm.sharding import make_sharding
-from jaxllm.train.config import RunConfig, load_run
+from jaxllm.train.config import RunConfig
 from jaxllm.train.folder import RunFolder
+from jaxllm.train.load import load_run
 from jaxllm.train.loop import Result, train
 from jaxllm.train.step import make_state, make_train_step
 

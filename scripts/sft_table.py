@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from jaxllm import api
-from jaxllm.train.config import load_sft
+from jaxllm.train.load import load_sft
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import docstrings  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 
 from jaxllm import cli, demo
 from jaxllm.optim.schedules import make_schedule
-from jaxllm.train.config import load_run
+from jaxllm.train.load import load_run
 
 SUMMARY = {"bits_per_byte": 1.5, "perplexity": 9.0, "params": 3, "tokens": 4}
 

@@ -16,7 +16,8 @@ import yaml
 
 import jaxllm
 from jaxllm import cli, config
-from jaxllm.train.config import RunConfig, load_run
+from jaxllm.train.config import RunConfig
+from jaxllm.train.load import load_run
 from jaxllm.train.step import make_state, make_train_step
 
 ROOT = Path(__file__).parents[1]

@@ -90,8 +90,8 @@ def add_data(verbs):
 def _prepared(args):
     """Settings, tokenizer and token stores of a settings file."""
     from jaxllm.data.prepare import prepare
-    from jaxllm.train.config import load_run
     from jaxllm.train.folder import RunFolder
+    from jaxllm.train.load import load_run
 
     settings, _ = load_run(args.config, args.overrides)
     tokenizer = RunFolder(settings).open_tokenizer(lambda text: print(text, file=sys.stderr))

@@ -48,7 +48,7 @@ NAMED = "settings file, or the name of a shipped one (configs/runs)"
 
 
 def _run_verb(verbs, name: str, help: str, load, metavar: str = "RUN.yaml", what: str = NAMED):
-    """A verb that trains by a settings file; `load(train.config, args)` reads the settings."""
+    """A verb that trains by a settings file; `load(train.load, args)` reads the settings."""
     verb = new_verb(verbs, name, help, _run, load=load, launch=logging.INFO)
     verb.add_argument("config", metavar=metavar, help=what)
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
@@ -59,7 +59,7 @@ def _run_verb(verbs, name: str, help: str, load, metavar: str = "RUN.yaml", what
 
 def _run(args) -> int:
     from jaxllm import config
-    from jaxllm.train import config as read
+    from jaxllm.train import load as read
 
     settings, scale = args.load(read, args)
     if scale is not None:

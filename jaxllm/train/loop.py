@@ -4,12 +4,10 @@ files -> token stores -> rows by number -> batches -> step -> metrics, evaluatio
 """
 
 import contextlib
-import functools
 import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxllm import config as settings_of
 from jaxllm import tree
@@ -23,9 +21,6 @@ from jaxllm.data.prepare import prepare
 from jaxllm.data.store import digest
 from jaxllm.errors import CheckpointError, SettingsError
 from jaxllm.model.build import Model, active_parameters, build
-from jaxllm.objectives.distill import distill
-from jaxllm.objectives.dpo import dpo
-from jaxllm.objectives.lm import lm
 from jaxllm.optim.optimizers import make_optimizer
 from jaxllm.optim.schedules import make_schedule
 from jaxllm.sharding import Sharding, join_processes, make_sharding
@@ -35,15 +30,15 @@ from jaxllm.train.evaluate import Evaluator, loss_of
 from jaxllm.train.finish import Result, finish
 from jaxllm.train.folder import RunFolder
 from jaxllm.train.init import Origin, check_trainable, first_weights, origin_of
+from jaxllm.train.method import Text
 from jaxllm.train.metrics import flops_per_token, peak_flops
-from jaxllm.train.preferences import PairCheck, PairEvaluator
+from jaxllm.train.preferences import Preferences
 from jaxllm.train.progress import Show
 from jaxllm.train.recorder import Recorder, TrainingStopped
-from jaxllm.train.reference import frozen_model, load_reference, reference_of, save_reference
 from jaxllm.train.selfcheck import Frozen, check_first_batch
 from jaxllm.train.step import TrainState, abstract_state, make_state, make_train_step
 from jaxllm.train.streams import make_streams, renewed
-from jaxllm.train.teacher import Teacher
+from jaxllm.train.teacher import Distillation
 from jaxllm.train.trace import Trace
 
 
@@ -89,9 +84,7 @@ class Trainer:
         self.fingerprint = digest(sorted((name, store.fingerprint) for name, store in self.stores.items()))
         check_same({"tokenizer": self.tokenizer.hash, "text": self.fingerprint})
         self.streams = make_streams(config.data, self.stages, self.stores)
-        self.objective, self.reference, self.teacher = objective_of(config), {}, None
-        if config.distill is not None:
-            self.teacher = Teacher(config.distill, config.model, self.sharding, self.tokenizer)
+        self.method = (Preferences if config.dpo else Distillation if config.distill else Text)(self)
         self.total, self.active = active_parameters(config.model, self.plain_model(self.stages[0]).abstract)
         peak = peak_flops(jax.devices()[0].device_kind)
         schedule = make_schedule(config.optim, config.train.total_steps)
@@ -135,34 +128,14 @@ class Trainer:
         key, params = jax.random.key(self.config.train.seed), None
         if self.config.train.init is not None or self.origin.changes:
             params = first_weights(self.origin, self.plain_model(self.stages[0]), self.tokenizer, key)
-        if self.config.dpo is not None:
-            self.take_reference(self.make_reference(params))
+        self.method.prepare(params)
         return make_state(self.model, self.tx, key, params=params, **self.options)
-
-    def make_reference(self, params) -> dict[str, np.ndarray]:
-        """Log-probabilities of all pairs under the reference, one pass over the data."""
-        path, stage, model = self.config.dpo.reference, self.stages[0], self.model
-        if jax.process_count() > 1:
-            raise SettingsError(f"dpo runs in one process, not in {jax.process_count()}; set parallel.processes=1")
-        if path is not None:
-            model, params = frozen_model(path, self.sharding, self.tokenizer, "dpo.reference", stage.seq_len)
-        options = dict(length=stage.seq_len, batch=self.rows_of(stage), truncate=self.config.data.truncate)
-        self.show.say(f"log-probabilities of the reference ({path or 'the weights the run starts from'})")
-        return {name: reference_of(model, params, store, **options) for name, store in self.stores.items()}
-
-    def take_reference(self, reference: dict[str, np.ndarray]) -> None:
-        """Puts them beside the tokens of each source."""
-        self.reference = reference
-        for stream in self.streams:
-            for name, rows in zip(stream.names, stream.sources, strict=True):
-                rows.reference = reference[name]
 
     def go_on(self, restored: Restored) -> TrainState:
         """The restored state; an evaluation that its step was saved before is made up for."""
         state, meta, step = restored
         self.check_meta(meta)
-        if self.config.dpo is not None:
-            self.take_reference(load_reference(self.folder.path, self.stores, self.fingerprint))
+        self.method.resume()
         stage = self.stages[meta["position"]["stage"]]
         self.model = self.model_of(stage)
         if self.recorder.resume(meta["best"], meta["since_best"]):
@@ -183,8 +156,8 @@ class Trainer:
     def _open(self, step: int) -> None:
         if not (self.folder.resumed and self.folder.settings.exists()):
             self.folder.write_start(self.tokenizer)
-        if self.reference and step == 0:
-            save_reference(self.folder.path, self.reference, self.fingerprint)
+        if step == 0:
+            self.method.write()
         self.recorder.open(self.folder.path, step if self.folder.resumed else None)
 
     def run_stage(self, state: TrainState, index: int) -> TrainState:
@@ -193,9 +166,7 @@ class Trainer:
         self.model = self.model_of(stage)
         end, tokens = self.first_step(index) + stage.steps, stage.batch * stage.seq_len
         with contextlib.closing(self.loader(index, done=int(state.step) - self.first_step(index))) as loader:
-            if self.teacher is not None:
-                stream = self.streams[index]
-                self.teacher.open_cache(stream.fingerprint, stage.steps * stage.batch, stage.seq_len)
+            self.method.begin(index, stage)
             batch = self.next_batch(loader)
             step_fn = self.compile(state, batch)
             evaluator, flops = self.evaluator(stage), self.flops_per_token(stage)
@@ -219,7 +190,7 @@ class Trainer:
                     break
         return state
 
-    def check(self, state: TrainState, batch) -> list[Frozen | PairCheck]:
+    def check(self, state: TrainState, batch) -> list:
         """Looks at the rows of the first microbatch; gives what is to be checked after the step.
 
         Raises TrainingError.
@@ -229,18 +200,15 @@ class Trainer:
             return []
         rows = jax.tree.map(lambda x: x[:: self.config.train.accumulate], batch)
         self.say_checked(check_first_batch(self.model, state.params, rows))
-        checks: list[Frozen | PairCheck] = [Frozen(state.params, self.trainable)]
-        if self.config.dpo is not None:
-            same = self.config.dpo.reference is None
-            checks.append(PairCheck(self.model, state.params, rows, self.objective, same=same))
-            self.say_checked(checks[-1].found)
-        return checks
+        more = self.method.checks(state.params, rows)
+        for check in more:
+            self.say_checked(check.found)
+        return [Frozen(state.params, self.trainable), *more]
 
     def next_batch(self, loader: Loader):
-        """The next rows on the devices, with what a teacher says of them."""
+        """The next rows on the devices."""
         row = loader.position
-        batch = self.model.sharding.batch(next(loader))
-        return batch if self.teacher is None else self.teacher(batch, row)
+        return self.method.complete(self.model.sharding.batch(next(loader)), row)
 
     def say_checked(self, found: list[str]) -> None:
         for line in found:
@@ -250,7 +218,7 @@ class Trainer:
         """The training step of the current stage. Raises ResourceError when it needs too much memory."""
         step_fn = make_train_step(
             self.model,
-            self.objective,
+            self.method.objective,
             self.tx,
             trainable=self.trainable,
             accumulate=self.config.train.accumulate,
@@ -315,12 +283,10 @@ class Trainer:
         where = dict(process=jax.process_index(), processes=jax.process_count())
         return Loader(stream, stage.batch, start=done * stage.batch, prefetch=self.config.data.prefetch, **where)
 
-    def evaluator(self, stage: Stage) -> Evaluator | PairEvaluator | None:
+    def evaluator(self, stage: Stage) -> Evaluator | None:
         stores = {name: self.stores[name] for name in self.config.data.eval_names}
         options = dict(seq_len=stage.seq_len, batch=self.rows_of(stage), truncate=self.config.data.truncate)
-        if stores and self.config.dpo is not None:
-            return PairEvaluator(self.model, stores, self.reference, self.objective, **options)
-        return Evaluator(self.model, stores, **options) if stores else None
+        return self.method.evaluator(self.model, stores, **options) if stores else None
 
     def rows_of(self, stage: Stage) -> int:
         """Rows of a microbatch."""
@@ -385,15 +351,6 @@ class Trainer:
             + f"; rows of another length, so from a new epoch of {', '.join(new)}" * bool(new)
             + f"; the model's context becomes {stage.seq_len}" * (stage.seq_len > self.config.model.context)
         )
-
-
-def objective_of(config: RunConfig):
-    """The loss that a run goes by."""
-    if config.dpo is not None:
-        return functools.partial(dpo, config=config.dpo)
-    if config.distill is not None:
-        return functools.partial(distill, config=config.distill)
-    return functools.partial(lm, z_loss=config.train.z_loss, neftune=config.train.neftune)
 
 
 def check_batch(stage: Stage, accumulate: int, sharding: Sharding) -> None:

@@ -1,5 +1,6 @@
-"""Held-out preferences, and the self-check of a run that learns them."""
+"""A run that learns preferences: its frozen reference, held-out pairs, and its self-check."""
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -8,11 +9,53 @@ import jax
 from jaxllm.data.loader import Loader
 from jaxllm.data.pack import Rows
 from jaxllm.data.store import TokenStore
-from jaxllm.errors import TrainingError
+from jaxllm.errors import SettingsError, TrainingError
 from jaxllm.model.build import Model, Params
+from jaxllm.objectives.dpo import dpo
 from jaxllm.train.evaluate import LOSS, SAMPLE, Spread
+from jaxllm.train.method import Text
+from jaxllm.train.reference import frozen_model, load_reference, reference_of, save_reference
 from jaxllm.train.selfcheck import NEXT
 from jaxllm.train.step import make_eval_step
+
+
+class Preferences(Text):
+    """Direct preference optimisation: each pair comes with what a frozen reference gives its answers."""
+
+    def loss(self):
+        return functools.partial(dpo, config=self.run.config.dpo)
+
+    def prepare(self, params):
+        """Log-probabilities of all pairs under the reference, one pass over the data."""
+        run, path, stage = self.run, self.run.config.dpo.reference, self.run.stages[0]
+        model = run.model
+        if jax.process_count() > 1:
+            raise SettingsError(f"dpo runs in one process, not in {jax.process_count()}; set parallel.processes=1")
+        if path is not None:
+            model, params = frozen_model(path, run.sharding, run.tokenizer, "dpo.reference", stage.seq_len)
+        options = dict(length=stage.seq_len, batch=run.rows_of(stage), truncate=run.config.data.truncate)
+        run.show.say(f"log-probabilities of the reference ({path or 'the weights the run starts from'})")
+        self._take({name: reference_of(model, params, store, **options) for name, store in run.stores.items()})
+
+    def resume(self):
+        self._take(load_reference(self.run.folder.path, self.run.stores, self.run.fingerprint))
+
+    def write(self):
+        save_reference(self.run.folder.path, self.reference, self.run.fingerprint)
+
+    def checks(self, params, batch):
+        same = self.run.config.dpo.reference is None
+        return [PairCheck(self.run.model, params, batch, self.objective, same=same)]
+
+    def evaluator(self, model, stores, **options):
+        return PairEvaluator(model, stores, self.reference, self.objective, **options)
+
+    def _take(self, reference):
+        """Puts log-probabilities beside the tokens of each source."""
+        self.reference = reference
+        for stream in self.run.streams:
+            for name, rows in zip(stream.names, stream.sources, strict=True):
+                rows.reference = reference[name]
 
 
 class PairEvaluator:

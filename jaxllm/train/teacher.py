@@ -1,6 +1,7 @@
-"""What a teacher says of each batch: its most likely tokens, computed or read from a folder that keeps them."""
+"""A run that learns from a teacher: its most likely tokens, computed or read from a folder that keeps them."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -14,9 +15,27 @@ from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DataError, SettingsError
 from jaxllm.hf.open import open_published
 from jaxllm.model.spec import ModelConfig
-from jaxllm.objectives.distill import DistillConfig, teach
+from jaxllm.objectives.distill import DistillConfig, distill, teach
 from jaxllm.sharding import Sharding
+from jaxllm.train.method import Text
 from jaxllm.train.reference import frozen_model
+
+
+class Distillation(Text):
+    """Each batch comes with what a teacher says of it."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.teacher = Teacher(run.config.distill, run.config.model, run.sharding, run.tokenizer)
+
+    def loss(self):
+        return functools.partial(distill, config=self.run.config.distill)
+
+    def begin(self, index, stage):
+        self.teacher.open_cache(self.run.streams[index].fingerprint, stage.steps * stage.batch, stage.seq_len)
+
+    def complete(self, batch, row):
+        return self.teacher(batch, row)
 
 
 class Teacher:

@@ -7,7 +7,8 @@ import small
 
 from jaxllm import config as settings_of
 from jaxllm.errors import SettingsError
-from jaxllm.train.config import differences, load_run
+from jaxllm.train.config import differences
+from jaxllm.train.load import load_run
 
 pytestmark = pytest.mark.fast
 

@@ -7,7 +7,7 @@ from jaxllm import api
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import SettingsError
 from jaxllm.train import teacher
-from jaxllm.train.config import load_distill
+from jaxllm.train.load import load_distill
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ import small
 from jaxllm import api, tree
 from jaxllm.errors import CheckpointError, SettingsError, TrainingError
 from jaxllm.objectives import dpo as objective
-from jaxllm.train import loop
-from jaxllm.train.config import load_dpo, load_run
+from jaxllm.train import preferences
+from jaxllm.train.load import load_dpo, load_run
 
 STEPS = ["train.steps=6", "train.seq_len=48", "train.batch=8", "train.eval_every=3", "optim.lr=3e-3"]
 
@@ -96,8 +96,8 @@ def test_a_reference_that_moves_with_the_policy_is_found(run, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_reference_that_is_not_the_first_model_is_found(run, tmp_path, monkeypatch):
-    whole = loop.reference_of
-    monkeypatch.setattr(loop, "reference_of", lambda *args, **kwargs: whole(*args, **kwargs) + 0.1)
+    whole = preferences.reference_of
+    monkeypatch.setattr(preferences, "reference_of", lambda *args, **kwargs: whole(*args, **kwargs) + 0.1)
     with pytest.raises(TrainingError, match="the reference is not the model that the run starts from"):
         api.train(run(tmp_path / "run", "dpo.beta=3"), quiet=True)
 

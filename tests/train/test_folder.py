@@ -6,8 +6,8 @@ import yaml
 
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import CheckpointError, ResourceError, SettingsError
-from jaxllm.train.config import load_run
 from jaxllm.train.folder import RunFolder
+from jaxllm.train.load import load_run
 
 pytestmark = pytest.mark.fast
 

@@ -16,8 +16,8 @@ from jaxllm.hf.export import write_shards
 from jaxllm.hf.folder import open_folder
 from jaxllm.model.build import build
 from jaxllm.parity.tensors import random_model
-from jaxllm.train.config import load_run
 from jaxllm.train.init import first_weights, origin_of
+from jaxllm.train.load import load_run
 
 
 @pytest.fixture

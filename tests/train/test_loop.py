@@ -17,9 +17,10 @@ from jaxllm.errors import CheckpointError, SettingsError, UserError
 from jaxllm.model.build import build
 from jaxllm.sharding import ParallelConfig, make_sharding
 from jaxllm.train import loop
-from jaxllm.train.config import RunConfig, load_run
+from jaxllm.train.config import RunConfig
 from jaxllm.train.evaluate import Evaluator
 from jaxllm.train.init import first_weights, origin_of
+from jaxllm.train.load import load_run
 from jaxllm.train.writers import JsonlWriter
 
 

@@ -8,7 +8,7 @@ import pytest
 import small
 
 from jaxllm.optim.schedules import make_schedule
-from jaxllm.train.config import load_run
+from jaxllm.train.load import load_run
 from jaxllm.train.progress import Show
 from jaxllm.train.recorder import Recorder
 

@@ -14,7 +14,7 @@ from jaxllm import api
 from jaxllm.errors import SettingsError, TrainingError
 from jaxllm.model.build import Model
 from jaxllm.train import selfcheck
-from jaxllm.train.config import load_sft
+from jaxllm.train.load import load_sft
 from jaxllm.train.selfcheck import Frozen, check_first_batch
 
 TINY = {"train.steps=6", "train.seq_len=32", "train.batch=8", "train.eval_every=3", "optim.lr=1e-2"}

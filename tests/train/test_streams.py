@@ -7,7 +7,7 @@ import small
 
 from jaxllm.data.prepare import prepare
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.train.config import load_run
+from jaxllm.train.load import load_run
 from jaxllm.train.streams import make_streams, renewed
 
 pytestmark = pytest.mark.fast
