@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from jaxllm.data.chat import end_of_turn
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import SettingsError, UserError, nearest
 from jaxllm.generate.text import stream_text
@@ -108,16 +109,6 @@ class Chat:
             notice(f"[the context of {context} tokens is full: {which} left out from here on]")
             self.unseen = unseen
         return ids
-
-
-def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The control token with which the chat template ends an answer; None where it writes none."""
-    said = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in ("x", "y")]
-    one, other = (tokenizer.render(messages).tolist() for messages in said)
-    same = 0
-    while same < min(len(one), len(other)) and one[-same - 1] == other[-same - 1]:
-        same += 1
-    return next((i for i in one[len(one) - same :] if not tokenizer.bytes_of[i]), None)
 
 
 def run(chat: Chat, *, read: Callable[[str], str] | None = None, write: Callable[[str], None] | None = None) -> None:

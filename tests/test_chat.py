@@ -6,7 +6,8 @@ import pytest
 import tiny
 
 from jaxllm import chat as module
-from jaxllm.chat import Chat, end_of_turn, read_message, run
+from jaxllm.chat import Chat, read_message, run
+from jaxllm.data.chat import end_of_turn
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import SettingsError
 from jaxllm.generate.text import stream_text

@@ -79,6 +79,19 @@ class Answers:
             raise DataError("the chat template leaves no token of the assistant's to learn")
         return Marked(ids_N, marks_N, untrained)
 
+    def prompt(self, chat: Conversation) -> list[int]:
+        """Ids of a conversation that waits for an answer. Raises DataError as a call does."""
+        source = self.tokenizer.template_for(chat.tools)
+        if source is not None:
+            _check_shown(chat, source)
+            token = clock.set(DAY)
+            try:
+                return self.tokenizer.render(chat.messages, chat.tools, add_generation_prompt=True).tolist()
+            finally:
+                clock.reset(token)
+        said = Conversation([*chat.messages, {"role": "assistant", "content": ""}], chat.tools, plain=chat.plain)
+        return self._without_template(said).ids_N[:-1].tolist()
+
     def _without_template(self, chat: Conversation) -> Marked:
         """Begin, prompt, completion, end. Raises DataError for what has roles."""
         if not chat.plain or chat.tools:

@@ -151,3 +151,13 @@ def _unused(user: dict) -> list[str]:
     if len(free) < 3:
         raise DataError("the conversation holds nearly all the noncharacters U+FDD0 to U+FDEF; remove some")
     return free[:3]
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The control token with which the chat template ends an answer; None where it writes none."""
+    said = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in ("x", "y")]
+    one, other = (tokenizer.render(messages).tolist() for messages in said)
+    same = 0
+    while same < min(len(one), len(other)) and one[-same - 1] == other[-same - 1]:
+        same += 1
+    return next((i for i in one[len(one) - same :] if not tokenizer.bytes_of[i]), None)

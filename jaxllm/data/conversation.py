@@ -76,6 +76,31 @@ def pair(record: Any) -> tuple[Conversation, Conversation]:
     return both
 
 
+def prompt(record: Any) -> Conversation:
+    """What one line asks for: all before the last answers of a conversation. Raises DataError that says what was found.
+
+    `prompt` is a string or a list of messages; or a line is as for `conversation`, with its last answers or without.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"expected a prompt, messages or an instruction in an object, found a {type(record).__name__}")
+    tools = record.get("tools") or None
+    if isinstance(record.get("prompt"), str):
+        return Conversation([_said("user", record["prompt"])], tools, plain=True)
+    if record.get("prompt") is not None:
+        messages = _checked(record["prompt"], "prompt")
+    elif record.get("messages") is not None:
+        messages = list(_checked(record["messages"], "messages"))
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+    elif record.get("instruction") is not None:
+        messages = _alpaca({"output": "", **record}).messages[:-1]
+    else:
+        raise DataError(f"expected prompt, messages or instruction; found the keys {', '.join(record) or 'none'}")
+    if not messages:
+        raise DataError("it has no turn before the assistant's, so there is nothing to answer")
+    return Conversation(messages, tools)
+
+
 def _messages(record: dict) -> Conversation:
     return Conversation(_checked(record["messages"], "messages"))
 

@@ -10,12 +10,15 @@ from jaxllm.data.readers import documents, located, records
 from jaxllm.data.shards import LEARNT, REJECTED, Document, dtype_for, text_hash
 from jaxllm.data.sources import TURNS, Source, files
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.errors import DataError
 
 
 class Encoder:
     """Encodes the files of one source; may be called by several threads."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
+        if source.format == "prompts":
+            raise DataError(f"source {source.name}: a teacher answers the prompts, once jaxllm distill runs")
         self.source, self.tokenizer = source, tokenizer
         self.answers = Answers(tokenizer) if source.format in TURNS else None
         self.dtype = dtype_for(tokenizer.vocab)

@@ -14,8 +14,8 @@ from jaxllm.data import stdlib
 from jaxllm.errors import DataError
 
 #: Formats of conversations.
-TURNS = ("chat", "pairs")
-Format = Literal["auto", "text", "jsonl", "parquet", "dataset", "chat", "pairs"]
+TURNS = ("chat", "pairs", "prompts")
+Format = Literal["auto", "text", "jsonl", "parquet", "dataset", "chat", "pairs", "prompts"]
 
 
 @settings
@@ -30,9 +30,9 @@ class Source:
     """share of the training rows (so of the tokens), relative to the other sources"""
     format: Format = "auto"
     """text, jsonl, parquet, dataset (a local Hugging Face folder), chat (a conversation a line), pairs (a chosen and a
-    rejected answer a line); auto: by the name"""
+    rejected answer a line), prompts (for a teacher to answer, one a line); auto: by the name"""
     field: str = "text"
-    """the key or column that holds the text, in all formats but text, chat and pairs"""
+    """the key or column that holds the text, in all formats but text, chat, pairs and prompts"""
     document: Literal["file", "line", "blank_line"] = "file"
     """what one document is in a text file: all of it, a line, or what lies between blank lines"""
 

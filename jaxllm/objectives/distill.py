@@ -17,6 +17,22 @@ from jaxllm.weights.bind import bind
 
 
 @settings
+class AnswersConfig:
+    """How a teacher answers the prompts of sources with `format: prompts`."""
+
+    max_tokens: int = 256
+    """Of one answer; a prompt whose answer does not end by then is left out."""
+    temperature: float = 1.0
+    """Of sampling; 0 takes the likeliest token each time."""
+    seed: int = 0
+    """Of sampling."""
+
+    def __post_init__(self):
+        if self.max_tokens < 1 or self.temperature < 0:
+            raise ValueError(f"max_tokens={self.max_tokens}, temperature={self.temperature}: at least 1, at least 0")
+
+
+@settings
 class DistillConfig:
     """Distillation from a teacher with the same vocabulary."""
 
@@ -30,6 +46,8 @@ class DistillConfig:
     """The teacher's most likely tokens that are compared one by one; the others count as one."""
     cache: str | None = None
     """Folder that keeps what the teacher says of each row, for other runs on the same rows; null keeps nothing."""
+    answers: AnswersConfig = AnswersConfig()
+    """How the teacher answers prompts."""
 
     def __post_init__(self):
         if not 0 < self.weight <= 1 or self.temperature <= 0 or self.top_k < 1:

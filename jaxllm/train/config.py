@@ -12,7 +12,7 @@ from jaxllm.data.config import DataConfig
 from jaxllm.data.sources import TURNS
 from jaxllm.errors import SettingsError, nearest
 from jaxllm.model.spec import Kernels, ModelConfig
-from jaxllm.objectives.distill import DistillConfig
+from jaxllm.objectives.distill import AnswersConfig, DistillConfig
 from jaxllm.objectives.dpo import DpoConfig
 from jaxllm.optim.config import OptimConfig
 from jaxllm.sharding import ParallelConfig
@@ -218,6 +218,11 @@ class RunConfig:
             if (source.format == "pairs") != (self.dpo is not None):
                 wanted = "pairs" if self.dpo is not None else "answers that are compared (jaxllm dpo), not text"
                 raise ValueError(f"source {source.name} has format={source.format}, and the run wants {wanted}")
+        asks = any(source.format == "prompts" for source in (*self.data.sources, *self.data.eval_sources))
+        if asks and (self.distill is None or self.data.tokenizer is None):
+            raise ValueError("format=prompts: a teacher answers them, in jaxllm distill and with its own tokenizer")
+        if self.distill is not None and not asks and self.distill.answers != AnswersConfig():
+            raise ValueError("distill.answers would be ignored: no source has format=prompts")
         if self.distill is not None and (self.dpo is not None or self.train.z_loss or self.train.neftune):
             raise ValueError("distill has an objective of its own and would ignore dpo, train.z_loss and train.neftune")
         if self.dpo is not None:

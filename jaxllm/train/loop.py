@@ -80,11 +80,12 @@ class Trainer:
         self.abstract = abstract_state(self.model, self.tx, **self.options)
         memory.check_state(self.abstract, self.trainable)
         self.tokenizer = folder.open_tokenizer(show.say)
-        self.stores = prepare(config.data, self.tokenizer, say=show.say)
+        self.method = (Preferences if config.dpo else Distillation if config.distill else Text)(self)
+        self.data = self.method.data()
+        self.stores = prepare(self.data, self.tokenizer, say=show.say)
         self.fingerprint = digest(sorted((name, store.fingerprint) for name, store in self.stores.items()))
         check_same({"tokenizer": self.tokenizer.hash, "text": self.fingerprint})
-        self.streams = make_streams(config.data, self.stages, self.stores)
-        self.method = (Preferences if config.dpo else Distillation if config.distill else Text)(self)
+        self.streams = make_streams(self.data, self.stages, self.stores)
         self.total, self.active = active_parameters(config.model, self.plain_model(self.stages[0]).abstract)
         peak = peak_flops(jax.devices()[0].device_kind)
         schedule = make_schedule(config.optim, config.train.total_steps)
@@ -281,7 +282,7 @@ class Trainer:
             if rows.news:
                 self.show.say(f"{name}: {rows.news}")
         where = dict(process=jax.process_index(), processes=jax.process_count())
-        return Loader(stream, stage.batch, start=done * stage.batch, prefetch=self.config.data.prefetch, **where)
+        return Loader(stream, stage.batch, start=done * stage.batch, prefetch=self.data.prefetch, **where)
 
     def evaluator(self, stage: Stage) -> Evaluator | None:
         stores = {name: self.stores[name] for name in self.config.data.eval_names}

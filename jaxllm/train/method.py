@@ -12,6 +12,7 @@ from jaxllm.train.evaluate import Evaluator
 
 if typing.TYPE_CHECKING:
     from jaxllm.data.batch import TokenBatch
+    from jaxllm.data.config import DataConfig
     from jaxllm.model.build import Model, Params
     from jaxllm.train.config import Stage
     from jaxllm.train.loop import Trainer
@@ -28,6 +29,10 @@ class Text:
         """The objective: `(model, params, batch, key) -> (loss_sum, count, metrics)`."""
         train = self.run.config.train
         return functools.partial(lm, z_loss=train.z_loss, neftune=train.neftune)
+
+    def data(self) -> "DataConfig":
+        """What the run reads; called once, before anything else."""
+        return self.run.config.data
 
     def prepare(self, params: "Params | None") -> None:
         """Once in a run, before its first step, on the weights that it starts from (None: new ones)."""

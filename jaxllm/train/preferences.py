@@ -33,7 +33,7 @@ class Preferences(Text):
             raise SettingsError(f"dpo runs in one process, not in {jax.process_count()}; set parallel.processes=1")
         if path is not None:
             model, params = frozen_model(path, run.sharding, run.tokenizer, "dpo.reference", stage.seq_len)
-        options = dict(length=stage.seq_len, batch=run.rows_of(stage), truncate=run.config.data.truncate)
+        options = dict(length=stage.seq_len, batch=run.rows_of(stage), truncate=run.data.truncate)
         run.show.say(f"log-probabilities of the reference ({path or 'the weights the run starts from'})")
         self._take({name: reference_of(model, params, store, **options) for name, store in run.stores.items()})
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxllm.checkpoint import load, read_meta
+from jaxllm.checkpoint import load, locate, manifest, read_meta
 from jaxllm.checkpoint.models import model_of, tokenizer_folder
 from jaxllm.data.loader import Loader
 from jaxllm.data.pack import Rows
+from jaxllm.data.shards import digest
 from jaxllm.data.store import TokenStore
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import CheckpointError, SettingsError
@@ -41,6 +42,15 @@ def frozen_model(path: str, sharding: Sharding, tokenizer: Tokenizer, what: str,
         )
     check_tokens(model.config, (), length)
     return model, params
+
+
+def version_of(path: str) -> list:
+    """What tells the weights of a model from those of another one at the same path."""
+    if open_published(path) is not None:
+        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    folder, step = locate(path, read_meta(path)[0])
+    return [step, digest(manifest.read(folder / str(step)))]  # checksums of the arrays among the rest
 
 
 def reference_of(model: Model, params: Params, store: TokenStore, *, length: int, batch: int, truncate) -> np.ndarray:

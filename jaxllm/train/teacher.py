@@ -8,17 +8,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxllm.checkpoint import locate, manifest, read_meta
 from jaxllm.data.batch import TokenBatch
 from jaxllm.data.shards import digest
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DataError, SettingsError
-from jaxllm.hf.open import open_published
 from jaxllm.model.spec import ModelConfig
 from jaxllm.objectives.distill import DistillConfig, distill, teach
 from jaxllm.sharding import Sharding
+from jaxllm.train.answers import answered
 from jaxllm.train.method import Text
-from jaxllm.train.reference import frozen_model
+from jaxllm.train.reference import frozen_model, version_of
 
 
 class Distillation(Text):
@@ -30,6 +29,10 @@ class Distillation(Text):
 
     def loss(self):
         return functools.partial(distill, config=self.run.config.distill)
+
+    def data(self):
+        run = self.run
+        return answered(run.config.data, run.config.distill, run.tokenizer, run.sharding, run.show.say)
 
     def begin(self, index, stage):
         self.teacher.open_cache(self.run.streams[index].fingerprint, stage.steps * stage.batch, stage.seq_len)
@@ -52,7 +55,7 @@ class Teacher:
         """Keeps what is said of `rows` rows of a stream, in a folder for this teacher, stream and settings."""
         if self.config.cache is None:
             return
-        what = [_version(self.config.teacher), stream_fingerprint, length, self.count, self.config.temperature]
+        what = [version_of(self.config.teacher), stream_fingerprint, length, self.count, self.config.temperature]
         self._cache = _Cache(Path(self.config.cache) / digest(what)[:16], rows, length, self.count)
 
     def __call__(self, batch: TokenBatch, row: int) -> TokenBatch:
@@ -111,12 +114,3 @@ class _Cache:
         self.ids[row:stop], self.logprobs[row:stop] = ids, logprobs
         self.ids.flush(), self.logprobs.flush()
         self.there[row:stop] = 1
-
-
-def _version(teacher: str) -> list:
-    """What tells the weights of a teacher from those of another one at the same path."""
-    if open_published(teacher) is not None:
-        files = sorted(Path(teacher).glob("*.safetensors")) if Path(teacher).is_dir() else [Path(teacher)]
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    folder, step = locate(teacher, read_meta(teacher)[0])
-    return [step, digest(manifest.read(folder / str(step)))]  # checksums of the arrays among the rest

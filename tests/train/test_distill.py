@@ -1,12 +1,17 @@
-"""Runs that learn from a teacher: the same with and without a cache, and what is refused."""
+"""Runs that learn from a teacher: the same with and without a cache, its own answers, and what is refused."""
+
+import json
+from pathlib import Path
 
 import pytest
 import small
 
 from jaxllm import api
+from jaxllm import config as settings_of
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.errors import SettingsError
-from jaxllm.train import teacher
+from jaxllm.errors import DataError, SettingsError
+from jaxllm.train import answers, teacher
+from jaxllm.train.config import RunConfig
 from jaxllm.train.load import load_distill
 
 pytestmark = pytest.mark.slow
@@ -61,6 +66,61 @@ def test_a_resumed_run_equals_an_uninterrupted_one(student, online, tmp_path, st
     stop_at(3)
     assert api.train(config, quiet=True).status == "preempted"
     assert small.losses(api.train(config, quiet=True).folder) == small.losses(online.folder)
+
+
+@pytest.fixture
+def asking(student, tmp_path):
+    """A run on prompts in all their forms, and the folder where their answers will be."""
+    asked = [{"prompt": f"def f{i}"} for i in range(90)]
+    asked += [
+        {"messages": [{"role": "user", "content": f"f{i}?"}, {"role": "assistant", "content": "no"}]} for i in range(6)
+    ]
+    asked += [{"instruction": "Say f", "input": str(i)} for i in range(6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+
+    def config(name, **distill):
+        raw = settings_of.to_dict(student(tmp_path / name))
+        raw["distill"] |= distill
+        raw["data"] |= {"cache": str(tmp_path / "stores"), "heldout": 0.0, "eval_sources": []}
+        raw["data"]["sources"] = [{"name": "asked", "path": str(tmp_path / "prompts.jsonl"), "format": "prompts"}]
+        return settings_of.parse(RunConfig, raw, "test")
+
+    return config, tmp_path / "stores" / "answers"
+
+
+def test_a_student_learns_from_the_answers_of_its_teacher(asking, monkeypatch, capsys):
+    config, folder = asking
+    hot = {"max_tokens": 32, "temperature": 10.0}  # so that some answers of a barely trained teacher end
+    run = api.train(config("run", answers=hot))
+    assert run.status == "finished" and "prompts are left out" in capsys.readouterr().err
+    (file,) = folder.glob("*.jsonl")
+    made = [json.loads(line) for line in file.read_text().splitlines()]
+    assert 0 < len(made) < 102
+    for record in made:
+        said = record["completion"]
+        assert (said if isinstance(said, str) else said[0]["content"]).strip()
+    lists = [record for record in made if not isinstance(record["prompt"], str)]
+    assert all(message["content"] != "no" for record in lists for message in record["prompt"])
+    monkeypatch.setattr(answers, "frozen_model", lambda *args: pytest.fail("the teacher answered again"))
+    assert small.losses(api.train(config("again", answers=hot), quiet=True).folder) == small.losses(run.folder)
+
+
+def test_answers_that_do_not_end_are_left_out(asking, monkeypatch):
+    config, folder = asking
+    with pytest.raises(DataError, match="finished none of its 102 answers in 1 tokens; set distill.answers.max_tokens"):
+        api.train(config("run", answers={"max_tokens": 1, "temperature": 0.0}), quiet=True)
+    with pytest.raises(DataError, match="no prompt has room for an answer of 64 tokens in the teacher's context of 64"):
+        api.train(config("run", answers={"max_tokens": 64}), quiet=True)
+    assert not Path(config("run").out).exists() and not folder.exists()
+
+
+def test_prompts_without_a_teacher_are_refused(asking, student, tmp_path):
+    config, _ = asking
+    raw = settings_of.to_dict(config("run"))
+    with pytest.raises(SettingsError, match="format=prompts: a teacher answers them"):
+        settings_of.parse(RunConfig, raw | {"distill": None}, "test")
+    with pytest.raises(SettingsError, match="distill.answers would be ignored"):
+        student(tmp_path / "run", answers={"max_tokens": 3})
 
 
 def test_what_cannot_teach_is_refused(student, online, corpus, tmp_path):
