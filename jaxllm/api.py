@@ -12,11 +12,17 @@ import jax
 from jaxllm import checkpoint, tree
 from jaxllm.adapt import gather as gathering
 from jaxllm.adapt.changes import Change, Changes, after, trainable
+from jaxllm.adapt.prune import PruneConfig
 from jaxllm.adapt.quantize import QuantizeConfig, quantize_plan
 from jaxllm.checkpoint.models import changes_of, meta_of, model_of, save_model, tokenizer_folder
 from jaxllm.compress.calibrate import batches_of
 from jaxllm.compress.compare import compare as compare_on
+from jaxllm.compress.prune import prune as prune_by
+from jaxllm.compress.prune import widest
 from jaxllm.compress.quantize import Errors, errors_of, needed_tokens, quantize_calibrated
+from jaxllm.compress.slices import StructuredConfig
+from jaxllm.compress.structured import shrink
+from jaxllm.data.batch import TokenBatch
 from jaxllm.data.config import DataConfig
 from jaxllm.data.prepare import prepare_source
 from jaxllm.data.sources import Source
@@ -39,6 +45,7 @@ from jaxllm.train.config import RunConfig
 from jaxllm.train.evaluate import Evaluator
 from jaxllm.train.load import load_run
 from jaxllm.weights.lora import Lora
+from jaxllm.weights.quantized import Quantized
 
 log = logging.getLogger("jaxllm")
 
@@ -120,7 +127,7 @@ def load(
         if step is not None or ema:
             raise SettingsError(f"{path} is a published model: it has no steps and no averaged weights (step, ema)")
         model, params = published.load(make_sharding(parallel), dtype=dtype, vocab_multiple=vocab_multiple)
-        return Loaded(model, params, published.tokenizer(), 0, published.family.name)
+        return Loaded(model, params, published.tokenizer(), 0, published.family.name, published.changes)
     if ignore_keys or dtype != "float32" or vocab_multiple != 1:
         raise SettingsError(
             f"{path} has no config.json: ignore_keys, dtype and vocab_multiple are for published models"
@@ -203,8 +210,10 @@ def export(loaded: Loaded, out: str | Path, *, to: str = "hf", dtype: str = "flo
     """Writes the model as a Hugging Face folder (`to="hf"`) or a .gguf file (`to="gguf"`), or its adapter alone
     (`to="peft"`); gives the family's name.
 
-    `dtype`: float32, bfloat16 or float16; for GGUF q8_0 too, and the names that it has for them. Raises SettingsError
-    where no known family computes what the model does, with the settings that have no counterpart, or `out` exists.
+    `dtype`: float32, bfloat16 or float16; for GGUF q8_0 and q4_0 too, and the names that it has for them. int8 and int4
+    weights keep their codes: as compressed-tensors, or as Q8_0 and Q4_0 where their groups are made of 32s. Raises
+    SettingsError where no known family computes what the model does, with the settings that have no counterpart, for
+    other weight types, or where `out` exists.
     """
     if to not in ("hf", "gguf", "peft"):
         raise SettingsError(f"to={to!r}: known are hf, gguf and peft")
@@ -212,7 +221,7 @@ def export(loaded: Loaded, out: str | Path, *, to: str = "hf", dtype: str = "flo
         if dtype != "float32":
             raise SettingsError(f"dtype={dtype}: to=peft writes float32; leave that out")
         return save_adapter(loaded, out)
-    _check_plain(loaded, to)
+    _check_publishable(loaded, to)
     parts = (loaded.model.config, loaded.params, loaded.tokenizer, out)
     if to == "hf":
         return export_hf(*parts, dtype=dtype, family=loaded.family)
@@ -222,9 +231,10 @@ def export(loaded: Loaded, out: str | Path, *, to: str = "hf", dtype: str = "flo
     return export_gguf(*parts, dtype=short.get(dtype, dtype))
 
 
-def _check_plain(loaded: Loaded, to: str) -> None:
-    """Raises SettingsError, with the next step, for a model that other software would not read as it is."""
-    odd = {path: weight for path, weight in weights_of(loaded.params).items() if not isinstance(weight, jax.Array)}
+def _check_publishable(loaded: Loaded, to: str) -> None:
+    """Raises SettingsError, with the next step, for weights that other software has no counterpart for; codes may."""
+    weights = weights_of(loaded.params).items()
+    odd = {path: weight for path, weight in weights if not isinstance(weight, jax.Array | Quantized)}
     if any(isinstance(weight, Lora) for weight in odd.values()):
         raise SettingsError(
             f"the model has adapters over its weights, which to={to} does not hold: merge them first (jaxllm merge) or "
@@ -334,15 +344,46 @@ def quantize(
     if calibrate is None:
         new = loaded.change(Change(quantize=config))
         return new, errors_of(loaded.params, new.params)
-    needed = needed_tokens(loaded.model, config)
-    if tokens < needed:
-        raise SettingsError(f"tokens={tokens}: at least {needed:,} are needed, the inputs of the widest matrix")
-    (store,) = _stores(loaded, calibrate).values()
-    batches = batches_of(loaded.model, store, tokens, needed, seq_len=min(512, loaded.model.config.context))
+    batches = _calibration(loaded, calibrate, tokens, needed_tokens(loaded.model, config))
     params, errors = quantize_calibrated(loaded.model, loaded.params, config, batches, say)
     model = changed(loaded.model, quantize_plan(loaded.model, config))
     changes = (*loaded.changes, Change(quantize=config))
     return dataclasses.replace(loaded, model=model, params=params, changes=changes), errors
+
+
+def _calibration(loaded: Loaded, text, tokens: int, needed: int) -> list[TokenBatch]:
+    """About `tokens` tokens of calibration text in rows of at most 512, where `needed` are needed at least."""
+    if tokens < needed:
+        raise SettingsError(f"tokens={tokens}: at least {needed:,} are needed, the inputs of the widest matrix")
+    (store,) = _stores(loaded, text).values()
+    return batches_of(loaded.model, store, tokens, needed, seq_len=min(512, loaded.model.config.context))
+
+
+def prune(
+    loaded: Loaded,
+    config: PruneConfig | StructuredConfig,
+    calibrate: str | Sequence[str] | None = None,
+    *,
+    tokens: int = 32_768,
+    say: Callable[[str], None] = log.info,
+) -> tuple[Loaded, dict[str, Any]]:
+    """The model with weights made zero (PruneConfig), or a smaller one, without some of its heads, neurons, experts or
+    layers (StructuredConfig); and what that took from it, by path or part and layer, as a report holds it.
+
+    Args:
+      calibrate: path (or several) of the text that method=wanda and structured pruning go by; `tokens` of it are read.
+
+    Raises SettingsError where the settings do not fit the model, DataError where the text is too short.
+    """
+    if config.calibrated != (calibrate is not None):
+        raise SettingsError("method=wanda and structured pruning go by calibration text, method=magnitude by none")
+    text = None if calibrate is None else _calibration(loaded, calibrate, tokens, widest(loaded.model))
+    if isinstance(config, StructuredConfig):
+        model, params, found = shrink(loaded.model, loaded.params, config, text, say)
+        return dataclasses.replace(loaded, model=model, params=params, changes=()), found
+    model, params, errors = prune_by(loaded.model, loaded.params, config, text, say)
+    changes = (*loaded.changes, Change(prune=config))
+    return dataclasses.replace(loaded, model=model, params=params, changes=changes), {"errors": errors}
 
 
 def compare(first: Loaded, second: Loaded, data, *, seq_len: int | None = None, batch: int = 8) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""`jaxllm bench generate MODEL`: tokens/s of prefill and of decoding, on random tokens, greedy.
+"""`jaxllm bench generate MODEL ...`: tokens/s of prefill and of decoding, on random tokens, greedy.
 
 Prefill: 512 tokens a row into an empty cache. Decoding: 128 tokens a row after a prompt of 16; the time of a call that
 makes one token is subtracted. Both after a first call that compiles, the fastest of three: the machine's noise only
-ever adds.
+ever adds. Several models are measured in turn, three rounds, and compared with the first: medians of the ratios within
+a round.
 """
 
 import json as json_format
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -19,52 +21,63 @@ PREFILL, PROMPT, DECODE, REPEATS = 512, 16, 128, 3
 
 
 def bench_generate(
-    path: str, *, batches: Sequence[int] = (1, 8), dtype: str = "float32", json: bool = False
+    paths: Sequence[str], *, batches: Sequence[int] = (1, 8), dtype: str = "float32", json: bool = False
 ) -> list[dict]:
-    """Measures each batch size, prints a table (or a line of JSON for each) and returns the rows.
+    """Measures each batch size, prints a line (with `json` as JSON) for each model and returns the rows.
 
-    `dtype`: of a published model's weights. Raises UserError as `load` does.
+    `dtype`: of published models' weights. Raises UserError as `load` does.
     """
-    loaded = api.load(path) if dtype == "float32" else api.load(path, dtype=dtype)
-    params, rows = loaded.decoding, []
+    models, rows = [api.load(path) if dtype == "float32" else api.load(path, dtype=dtype) for path in paths], []
     for batch in batches:
-        prefill = _prefill_seconds(loaded.model, params, batch)
-        decoding = _decode_seconds(loaded.model, params, batch)
-        row = {"batch": batch, "prefill": batch * PREFILL / prefill, "decode": batch * DECODE / decoding}
-        rows.append(row)
-        if json:
-            print(json_format.dumps(row), flush=True)
-        else:
-            print(
-                f"batch {batch}: prefill {row['prefill']:,.1f} tokens/s, decode {row['decode']:,.1f} tokens/s",
-                flush=True,
-            )
+        for path, row in zip(paths, _measured(models, batch), strict=True):
+            rows.append({"model": path, "batch": batch, **row})
+            print(json_format.dumps(rows[-1]) if json else _line(rows[-1], alone=len(paths) == 1), flush=True)
     return rows
+
+
+def _measured(models: Sequence[api.Loaded], batch: int) -> list[dict]:
+    """Tokens/s of each model, and of all but the first also how many times those of the first."""
+    calls = [_calls(loaded.model, loaded.decoding, batch) for loaded in models]
+    for call in (call for each in calls for call in each):
+        call()  # compiles
+    times = np.array([[[_seconds(call) for call in each] for each in calls] for _ in range(REPEATS)])
+    found = []
+    for i in range(len(models)):
+        prefill, long, short = times[:, i].min(0)
+        row = {"prefill": batch * PREFILL / prefill, "decode": batch * DECODE / (long - short)}
+        if i:
+            decoding = times[:, :, 1] - times[:, :, 2]
+            row["prefill_ratio"] = statistics.median(times[:, 0, 0] / times[:, i, 0])
+            row["decode_ratio"] = statistics.median(decoding[:, 0] / decoding[:, i])
+        found.append(row)
+    return found
+
+
+def _calls(model, params, batch: int) -> tuple[Callable, Callable, Callable]:
+    """A prefill, many tokens and one token."""
+    long, short = _random(model, batch, PREFILL + 1), _random(model, batch, PROMPT)
+
+    def generate(count: int):
+        tokens.generate(model, params, short, max_tokens=count, temperature=0.0)
+
+    return (  # the last token of a prompt is the first one decoded
+        lambda: jax.block_until_ready(decode.prefill(model, params, long, batch, np.ones(batch))),
+        lambda: generate(DECODE + 1),
+        lambda: generate(1),
+    )
 
 
 def _random(model, batch: int, length: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(5, model.config.vocab, (batch, length)).tolist()
 
 
-def _prefill_seconds(model, params, batch: int) -> float:
-    prompts = _random(model, batch, PREFILL + 1)  # the last token of a prompt is the first one decoded
-    return _fastest(lambda: jax.block_until_ready(decode.prefill(model, params, prompts, batch, np.ones(batch))))
-
-
-def _decode_seconds(model, params, batch: int) -> float:
-    prompts = _random(model, batch, PROMPT)
-
-    def seconds(count: int) -> float:
-        return _fastest(lambda: tokens.generate(model, params, prompts, max_tokens=count, temperature=0.0))
-
-    return seconds(DECODE + 1) - seconds(1)
-
-
-def _fastest(call: Callable) -> float:
+def _seconds(call: Callable) -> float:
+    start = time.perf_counter()
     call()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return time.perf_counter() - start
+
+
+def _line(row: dict, *, alone: bool) -> str:
+    ratios = {key: f" ({row[f'{key}_ratio']:.2f}x)" if f"{key}_ratio" in row else "" for key in ("prefill", "decode")}
+    speeds = ", ".join(f"{key} {row[key]:,.1f} tokens/s{ratio}" for key, ratio in ratios.items())
+    return f"batch {row['batch']}: {speeds}" + f"  {row['model']}" * (not alone)

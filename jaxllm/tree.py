@@ -42,11 +42,18 @@ def _regex(pattern: str) -> str:
 
 
 def select(tree, pattern: str):
-    """A tree of bools: which leaves `pattern` chooses. Raises SettingsError when it chooses none."""
-    mask = map_with_path(lambda path, _: matches(pattern, path), tree)
+    """A tree of bools: which leaves `pattern` chooses; never integers (masks, codes), which have no gradient.
+
+    Raises SettingsError when it chooses none.
+    """
+    mask = map_with_path(lambda path, leaf: matches(pattern, path) and not _integer(leaf), tree)
     if not any(jax.tree.leaves(mask)):
         raise SettingsError(f"no parameter matches {pattern!r}{nearest(pattern, flatten(tree))}")
     return mask
+
+
+def _integer(leaf) -> bool:
+    return jax.numpy.issubdtype(leaf.dtype, jax.numpy.integer)
 
 
 def partition(tree, mask):

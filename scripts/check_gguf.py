@@ -1,11 +1,12 @@
 """Loads GGUF files with llama.cpp and compares what it computes with what jaxllm does on the same files.
 
     pip install 'jaxllm[gguf]' llama-cpp-python
-    python scripts/check_gguf.py model.gguf [more.gguf ...] [--text TEXT] [--tolerance 0.01]
+    python scripts/check_gguf.py model.gguf [more.gguf ...] [--text TEXT] [--tolerance 0.01] [--perplexity FILE]
 
 Prints, for each file, whether both cut the text into the same ids, the largest difference of the log-probabilities of
-the ten most likely next tokens over all positions, and the share of positions with the same most likely one. Exits
-with 1 where a file is not loaded, ids differ, or a difference exceeds the tolerance. llama.cpp takes GELU from a table
+the ten most likely next tokens over all positions, and the share of positions with the same most likely one; with
+--perplexity, that of the first 5,000 tokens of a text in both. Exits with 1 where a file is not loaded, ids differ, a
+difference exceeds the tolerance, or perplexities differ by over 0.5 %. llama.cpp takes GELU from a table
 in half precision, rounds activations to that of f16 and bf16 matrices, and to 8 bits for quantised ones: the default
 tolerance goes by the type of the file. Export in f32 to see whether the model is the same.
 """
@@ -26,36 +27,58 @@ TEXT = "The quick brown fox jumps over the lazy dog, and 12345 more of them don'
 F32 = 0  # GGML_TYPE_F32
 #: By `general.file_type`: f32, f16, bf16.
 TOLERANCE = {0: 0.02, 1: 0.05, 32: 0.3}
+WINDOW, WINDOWS = 250, 20
 QUANTISED = 1.5
 
 
-def ours(path: Path, text: str) -> tuple[list[int], np.ndarray]:
-    """`(ids, log-probabilities [T, V])` of jaxllm."""
+def model_of(path: Path):
+    """`ids -> log-probabilities [T, V]` of jaxllm."""
     opened = open_gguf(path)
     model, params = opened.load()
-    ids = opened.tokenizer().encode(text, bos=True).tolist()
 
     @jax.jit
     def run(params, tokens_BT):
         return jax.nn.log_softmax(model.unembed(model.head(params), model.apply(params, tokens_BT)[0]))[0]
 
-    return ids, np.asarray(run(params, jnp.asarray([ids])))[:, : opened.config.vocab]
+    return lambda ids: np.asarray(run(params, jnp.asarray([ids])))[:, : opened.config.vocab]
 
 
-def theirs(path: Path, text: str, ids: list[int]) -> tuple[list[int], np.ndarray]:
-    """`(ids, log-probabilities [T, V])` of llama.cpp, the latter on the ids given."""
-    llama = Llama(str(path), n_ctx=len(ids), n_batch=len(ids), logits_all=True, verbose=False, type_k=F32, type_v=F32)
-    bos = llama.metadata.get("tokenizer.ggml.add_bos_token", "true") == "true"
-    found = llama.tokenize(text.encode("utf-8"), add_bos=bos, special=False)
+def llama_of(path: Path, length: int) -> Llama:
+    """llama.cpp on rows of a length, with keys and values in float32."""
+    return Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False, type_k=F32, type_v=F32)
+
+
+def scores(llama: Llama, ids: list[int]) -> np.ndarray:
+    """log-probabilities `[T, V]` of llama.cpp."""
+    llama.reset()
     llama.eval(ids)
-    return found, np.asarray(jax.nn.log_softmax(jnp.asarray(llama.scores[: len(ids)])))
+    return np.asarray(jax.nn.log_softmax(jnp.asarray(llama.scores[: len(ids)])))
+
+
+def their_ids(llama: Llama, text: str) -> list[int]:
+    bos = llama.metadata.get("tokenizer.ggml.add_bos_token", "true") == "true"
+    return llama.tokenize(text.encode("utf-8"), add_bos=bos, special=False)
+
+
+def perplexities(path: Path, text: str) -> tuple[float, float]:
+    """Of jaxllm and of llama.cpp, over windows of the text."""
+    ids = open_gguf(path).tokenizer().encode(text, bos=False)[: WINDOW * WINDOWS]
+    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW).tolist()
+    run, llama = model_of(path), llama_of(path, WINDOW)
+    found = [(run(window), scores(llama, window)) for window in windows]
+    nats = [
+        [-logs[np.arange(WINDOW - 1), window[1:]].mean() for logs in pair]
+        for pair, window in zip(found, windows, strict=True)
+    ]
+    return tuple(np.exp(np.mean(nats, axis=0)))
 
 
 def check(path: Path, text: str, tolerance: float | None) -> bool:
     if tolerance is None:
         tolerance = TOLERANCE.get(read_gguf(path).metadata.get("general.file_type"), QUANTISED)
-    ids, mine = ours(path, text)
-    found, other = theirs(path, text, ids)
+    ids = open_gguf(path).tokenizer().encode(text, bos=True).tolist()
+    llama = llama_of(path, len(ids))
+    found, mine, other = their_ids(llama, text), model_of(path)(ids), scores(llama, ids)
     best = np.argsort(-mine, axis=-1)[:, :10]
     error = np.abs(np.take_along_axis(mine, best, -1) - np.take_along_axis(other, best, -1)).max()
     same = np.mean(mine.argmax(-1) == other.argmax(-1))
@@ -73,8 +96,13 @@ def main() -> int:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--text", default=TEXT)
     parser.add_argument("--tolerance", type=float)
+    parser.add_argument("--perplexity", type=Path, metavar="FILE")
     args = parser.parse_args()
     results = [check(path, args.text, args.tolerance) for path in args.files]
+    for path in args.files if args.perplexity else ():
+        mine, other = perplexities(path, args.perplexity.read_text(encoding="utf-8"))
+        print(f"{path}: perplexity {mine:.4f} here, {other:.4f} in llama.cpp ({other / mine - 1:+.3%})")
+        results.append(abs(other / mine - 1) < 0.005)
     return 0 if all(results) else 1
 
 

@@ -93,13 +93,16 @@ def test_the_readme_commands_run(tmp_path, monkeypatch, capsys):
     assert "warmup" in capsys.readouterr().out, "the last one shows all settings"
 
 
-FAMILY = "# jaxllm/families/mistral.py\n"
+#: Files that docs/extending.md shows whole, by their names in the first line.
+SHOWN = ("jaxllm/families/mistral.py", "examples/fp4.py")
 
 
 @pytest.mark.fast
-def test_the_family_of_the_docs_is_the_one_in_the_code():
-    block = next(text for text in blocks(ROOT / "docs/extending.md", "python") if text.startswith(FAMILY))
-    assert block.removeprefix(FAMILY) == (ROOT / "jaxllm/families/mistral.py").read_text()
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_files_of_the_docs_are_those_in_the_code(name):
+    head = f"# {name}\n"
+    block = next(text for text in blocks(ROOT / "docs/extending.md", "python") if text.startswith(head))
+    assert block.removeprefix(head) == (ROOT / name).read_text()
     assert block.count("\n") < 100
 
 
@@ -133,7 +136,11 @@ def extending(tmp_path_factory):
     """`extending(name)`: the function of this name in docs/extending.md, whose block is a module of `mypackage`."""
     folder = tmp_path_factory.mktemp("extending")
     (folder / "mypackage").mkdir()
-    texts = [text for text in blocks(ROOT / "docs" / "extending.md", "python") if FAMILY not in text]
+    texts = [
+        text
+        for text in blocks(ROOT / "docs" / "extending.md", "python")
+        if not text.startswith(tuple(f"# {name}\n" for name in SHOWN))
+    ]
     names = [re.search(r"^def (\w+)", text, re.MULTILINE)[1] for text in texts]
     for name, text in zip(names, texts, strict=True):
         module = "optimizers" if "mypackage/optimizers.py" in text else name

@@ -52,6 +52,14 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_path():
 
 
 @pytest.mark.fast
+def test_integers_are_never_chosen():
+    weights = {"values": np.zeros(2, np.float32), "mask": np.zeros(2, np.uint8)}
+    assert tree.select(weights, "**") == {"values": True, "mask": False}
+    with pytest.raises(SettingsError, match="no parameter matches 'mask'"):
+        tree.select(weights, "mask")
+
+
+@pytest.mark.fast
 def test_partition_and_combine_are_inverse():
     weights = nested()
     chosen, rest = tree.partition(weights, tree.select(weights, "**/attn/**"))

@@ -2,6 +2,7 @@
 
 from jaxllm.adapt.gather import several_plan
 from jaxllm.adapt.lora import TRAINABLE, LoraConfig, float_plan, lora_plan, merge_plan
+from jaxllm.adapt.prune import PruneConfig, prune_plan
 from jaxllm.adapt.qat import qat_plan, store_plan
 from jaxllm.adapt.quantize import QuantizeConfig, quantize_plan
 from jaxllm.config import settings
@@ -21,6 +22,8 @@ class Change:
     """So many adapters in the place of each, chosen row by row (`adapt.gather`)."""
     qat: QuantizeConfig | None = None
     """Weights that train as floats and are used rounded, for a number format to store them in."""
+    prune: PruneConfig | None = None
+    """Weights of which some are zero, and stay so in training."""
     store: bool = False
     """What was trained for a number format, stored in it."""
     merge: bool = False
@@ -40,6 +43,8 @@ class Change:
             return lora_plan(model, self.lora)
         if self.qat is not None:
             return qat_plan(model, self.qat)
+        if self.prune is not None:
+            return prune_plan(model, self.prune)
         if self.store:
             return store_plan(model)
         if self.several is not None:

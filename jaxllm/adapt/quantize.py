@@ -12,6 +12,7 @@ from jaxllm.model.change import Plan, choose, weights_of
 from jaxllm.weights.form import Form
 from jaxllm.weights.formats import get_format
 from jaxllm.weights.lora import Lora
+from jaxllm.weights.pruned import Pruned
 from jaxllm.weights.quantized import Quantized, quantize
 from jaxllm.weights.rounded import Rounded
 
@@ -142,11 +143,15 @@ def rules_by_path(model: Model, config: QuantizeConfig) -> dict[str, QuantizeRul
             )
         if isinstance(weights[path], Rounded):
             raise SettingsError(
-                f"{path} was trained for {weights[path].format} and is still used rounded; store it so first "
-                "(Change(store=True)), or make it plain (Change(plain=True))"
+                f"{path} was trained for {weights[path].format} (qat) and is still used rounded: jaxllm quantize "
+                "without --format stores it so; jaxllm merge makes it plain, for another format"
             )
         if isinstance(weights[path], Lora):
             raise SettingsError(f"{path} has an adapter; merge it first (jaxllm merge), then quantise")
+        if isinstance(weights[path], Pruned):
+            raise SettingsError(
+                f"{path} is pruned; make it plain first (jaxllm merge): rounding to nearest leaves zeros as they are"
+            )
     return rules
 
 

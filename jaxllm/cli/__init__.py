@@ -12,6 +12,7 @@ from jaxllm.cli.compress import add_quantize
 from jaxllm.cli.data import add_data, add_tokenizer
 from jaxllm.cli.generation import add_chat, add_generate
 from jaxllm.cli.models import add_eval, add_export, add_info, add_parity
+from jaxllm.cli.prune import add_prune
 from jaxllm.cli.training import add_demo, add_distill, add_dpo, add_runs, add_sft, add_train
 from jaxllm.errors import UserError
 
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     add_info(verbs)
     add_export(verbs)
     add_quantize(verbs)
+    add_prune(verbs)
     add_merge(verbs)
     add_parity(verbs)
     return top

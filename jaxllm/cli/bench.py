@@ -17,7 +17,7 @@ def add_bench(verbs):
 
     verb = new_verb(verbs, "generate", "tokens/s of prefill and of decoding", bench_generate, "bench generate")
     verb.set_defaults(launch=logging.INFO)
-    verb.add_argument("model", metavar="MODEL", help="run folder, Hugging Face folder or .gguf file")
+    verb.add_argument("models", nargs="+", metavar="MODEL", help="run folder, Hugging Face folder or .gguf file")
     verb.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="rows at a time (default: 1 8)")
     verb.add_argument("--dtype", default="float32", help="of a published model's weights (default float32)")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -38,7 +38,7 @@ def bench_load(args) -> None:
 def bench_generate(args) -> None:
     from jaxllm.bench_generate import bench_generate
 
-    bench_generate(args.model, batches=args.batches, dtype=args.dtype, json=args.json)
+    bench_generate(args.models, batches=args.batches, dtype=args.dtype, json=args.json)
 
 
 def bench_train(args) -> None:

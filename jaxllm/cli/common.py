@@ -27,6 +27,7 @@ EXAMPLES = {
     "info": "jaxllm info models/gemma-3-270m",
     "export": "jaxllm export runs/demo --to hf --out exported/demo",
     "quantize": "jaxllm quantize runs/demo --format int4 --method gptq --calibrate notes.txt --out runs/demo-int4",
+    "prune": "jaxllm prune runs/demo --sparsity 0.5 --method wanda --calibrate notes.txt --out runs/demo-sparse",
     "merge": "jaxllm merge models/llama --adapter adapters/mine --to hf --out models/llama-mine",
     "parity": "jaxllm parity models/gemma-3-270m",
 }

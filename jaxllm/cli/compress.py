@@ -12,7 +12,8 @@ def add_quantize(verbs):
     help = "store the weights of a model in fewer bits, and say what that costs"
     verb = new_verb(verbs, "quantize", help, quantize, launch=logging.DEBUG)
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, one of its steps, or a published model")
-    verb.add_argument("--format", required=True, help="int8, int4, nf4, int2, fp8, or package.module:NAME")
+    what = "int8, int4, nf4, int2, fp8, or package.module:NAME (default: the one that the run was trained for, by qat)"
+    verb.add_argument("--format", help=what)
     verb.add_argument("--out", required=True, help="folder to write; must not exist")
     verb.add_argument("--group", type=int, help="inputs that share a scale (default: 64 for int4 and nf4, 32 for int2)")
     verb.add_argument("--double", action="store_true", help="store the scales in 8 bits, too")
@@ -40,7 +41,7 @@ def add_quantize(verbs):
 
 
 def quantize(args) -> None:
-    config = _settings(args)
+    config = _settings(args) if args.format else None
     _refuse(args, config)
     from pathlib import Path
 
@@ -52,13 +53,32 @@ def quantize(args) -> None:
     check_new(args.out)
     loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key)
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    smaller, errors = api.quantize(loaded, config, args.calibrate, tokens=args.tokens, say=say)
+    if config is None:
+        smaller, errors, config = _stored(loaded, args.checkpoint)
+    else:
+        smaller, errors = api.quantize(loaded, config, args.calibrate, tokens=args.tokens, say=say)
     quality = api.compare(loaded, smaller, args.eval, seq_len=args.seq_len) if args.eval else None
     sizes = tree.nbytes(loaded.params), tree.nbytes(smaller.params)
     found = report.report(to_dict(config), sizes, errors, quality)
     api.save(smaller, args.out)
     report.write(found, Path(args.out))
     print(json.dumps(found) if args.json else f"{report.show(found)}\n\nwritten to {args.out}")
+
+
+def _stored(loaded, where: str):
+    """`(the model in the format that it was trained for, errors, settings)`. Raises SettingsError where it has none."""
+    from jaxllm.adapt.changes import Change
+    from jaxllm.compress.quantize import errors_of
+    from jaxllm.weights.formats import FORMATS
+
+    config = next((one.qat for one in reversed(loaded.changes) if one.qat is not None), None)
+    if config is None or any(one.store for one in loaded.changes):
+        raise UserError(
+            f"{where} was not trained for a number format (qat), or is stored in it: choose one with --format "
+            f"({', '.join(FORMATS)}, or package.module:NAME)"
+        )
+    smaller = loaded.change(Change(store=True))
+    return smaller, errors_of(loaded.params, smaller.params), config
 
 
 def _settings(args):
@@ -86,9 +106,16 @@ def _rule(text: str, how: dict) -> dict:
     return {"pattern": pattern, "format": kind, "group": group and int(group)} | ({} if table else how)
 
 
+#: What says how `--format` is to be taken.
+OF_FORMAT = ("group", "double", "pattern", "tables", "rule", "activations", "calibrate", "ordered")
+
+
 def _refuse(args, config) -> None:
+    refuse_ignored("without --eval nothing is measured", ["seq_len"] * bool(args.seq_len and not args.eval))
+    if config is None:
+        given = [name for name in OF_FORMAT if getattr(args, name)] + ["method"] * (args.method != "nearest")
+        return refuse_ignored("without --format the weights are stored as they were trained (qat)", given)
     if config.calibrated and not args.calibrate:
         raise UserError(f"--method {args.method} needs text to go by: --calibrate FILE")
     if not config.calibrated:
         refuse_ignored("--method nearest goes by the weights alone", ["calibrate"] * bool(args.calibrate))
-    refuse_ignored("without --eval nothing is measured", ["seq_len"] * bool(args.seq_len and not args.eval))

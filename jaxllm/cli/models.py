@@ -117,7 +117,7 @@ def add_export(verbs):
     )
     verb.add_argument("--out", required=True, help="folder (hf, peft) or file (gguf) to write; must not exist")
     verb.add_argument(
-        "--dtype", default="float32", help="float32 (default), bfloat16, float16; for gguf f32, f16, bf16 or q8_0"
+        "--dtype", default="float32", help="float32 (default), bfloat16, float16; for gguf f32, f16, bf16, q8_0, q4_0"
     )
     verb.add_argument("--ema", action="store_true", help="write the averaged weights")
     published_options(verb)

@@ -83,9 +83,10 @@ def rescale(
     """
     for pair in pairs(config, spec):
         if rounded := [path for path in pair.readers if path in steps]:
-            size_I = _size(stats[rounded[0]].size_I, pair, spec)
-            grams = [stats[path].gram_II for path in rounded]
-            s = search(size_I, [weights[path] for path in rounded], grams, tuple(steps[path] for path in rounded))
+            seen, ways = [stats[path] for path in rounded], tuple(steps[path] for path in rounded)
+            integer = any(step.activations == "int8" for step in ways)
+            size_I = jnp.max(jnp.abs(seen[0].sample_SI), axis=-2) if integer else seen[0].size_I
+            s = search(_size(size_I, pair, spec), [weights[path] for path in rounded], seen, ways)
             readers = {path: _scale(weights[path], forms[path], s[..., None, :]) for path in pair.readers}
             weights = weights | readers
             weights = weights | _divided(weights, pair, s, forms, config, spec)
@@ -93,25 +94,40 @@ def rescale(
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def search(size_I: jax.Array, weights: list[jax.Array], grams: list[jax.Array], steps: tuple[RoundToNearest, ...]):
+def search(size_I: jax.Array, weights: list[jax.Array], stats: list[Stats], steps: tuple[RoundToNearest, ...]):
     """The factors `[E?, I]` with the least |(Q(W s) / s - W) X^T|^2, summed over the weights.
 
+    Where activations are rounded too, so is what that costs, and factors then go by the largest activations, whose
+    rows they even out (SmoothQuant, arXiv 2211.10438).
     `size_I`: |x| of each input, `[E, I]` where each expert has factors of its own.
     """
 
     def loss(alpha):
         s = factors(size_I, alpha)[..., None, :]
         total = 0.0
-        for w, gram_II, step in zip(weights, grams, steps, strict=True):
+        for w, of, step in zip(weights, stats, steps, strict=True):
             w_OI = step.form.matrix(w)
             rounded = step(step.form.weight(w_OI * s), None).matrix(jnp.float32)
             d_OI = rounded / s - w_OI
-            each = jnp.sum((d_OI @ gram_II) * d_OI, axis=(-2, -1))
+            each = jnp.sum((d_OI @ of.gram_II) * d_OI, axis=(-2, -1))
+            if step.activations == "int8":
+                each = each + _of_activations(w_OI * s, of, s)
             total += each if size_I.ndim > 1 else jnp.sum(each)
         return total
 
     losses_A = jax.lax.map(loss, jnp.asarray(ALPHAS))
     return factors(size_I, jnp.asarray(ALPHAS)[jnp.argmin(losses_A, axis=0)][..., None])
+
+
+def _of_activations(w_OI, stats: Stats, s):
+    """What rounding the rows of x / s to 127 steps adds to |W x|^2: a twelfth of a step squared for each input.
+
+    The sample stands for all tokens, by its part of the squares of x.
+    """
+    x_SI = stats.sample_SI
+    whole = jnp.trace(stats.gram_II, axis1=-2, axis2=-1) / jnp.maximum(jnp.sum(x_SI**2, axis=(-2, -1)), 1e-30)
+    step_S = jnp.max(jnp.abs(x_SI / s), axis=-1) / 127
+    return whole * jnp.sum(step_S**2, axis=-1) / 12 * jnp.sum(w_OI**2, axis=(-2, -1))
 
 
 def factors(size_I, alpha):

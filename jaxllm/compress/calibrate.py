@@ -6,6 +6,7 @@ file of the model knows of calibration.
 Shapes: B batch, T position, D embed, M rows, I inputs, E experts.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -26,6 +27,10 @@ from jaxllm.weights.form import Form
 Where = tuple[str, str, int | None]
 
 
+#: Tokens of a batch whose inputs are kept one by one.
+SAMPLE = 64
+
+
 class Stats(NamedTuple):
     """Sums over all tokens that reached a weight, in float32."""
 
@@ -33,6 +38,17 @@ class Stats(NamedTuple):
     """`[E?, I, I]`: X^T X; its diagonal holds the squared norms of the inputs."""
     size_I: jax.Array
     """`[E?, I]`: |x|."""
+    sample_SI: jax.Array
+    """`[E?, S, I]`: x of some tokens, those of all batches together."""
+
+    def __add__(self, other: "Stats") -> "Stats":
+        sample_SI = jnp.concatenate([self.sample_SI, other.sample_SI], axis=-2)
+        return Stats(self.gram_II + other.gram_II, self.size_I + other.size_I, sample_SI)
+
+
+def _some(x_MI: jax.Array) -> jax.Array:
+    """SAMPLE rows, evenly spread, or all where there are fewer."""
+    return x_MI[..., :: max(1, x_MI.shape[-2] // SAMPLE), :][..., :SAMPLE, :]
 
 
 class Observed:
@@ -47,7 +63,8 @@ class Observed:
         e = "e" if self.form.experts else ""
         rows = tuple(range(len(e), x_EMI.ndim - 1))
         gram_II = jnp.einsum(f"{e}...i,{e}...j->{e}ij", x_EMI, x_EMI, precision="highest")
-        self.note(Stats(gram_II, jnp.sum(jnp.abs(x_EMI), axis=rows)))
+        flat_EMI = x_EMI.reshape(*self.form.experts, -1, self.form.inputs)
+        self.note(Stats(gram_II, jnp.sum(jnp.abs(x_EMI), axis=rows), _some(flat_EMI)))
         return seam.einsum(equation, x, self.weight, dtype=dtype)
 
     def grouped_matmul(self, x_MD: jax.Array, sizes_E: jax.Array, *, block: int) -> jax.Array:
@@ -57,7 +74,8 @@ class Observed:
         def of(expert):
             mine_MD = jnp.where((expert_M == expert)[:, None], x_MD, 0).astype(jnp.float32)
             gram_DD = jnp.einsum("md,mf->df", mine_MD, mine_MD, precision="highest")
-            return Stats(gram_DD, jnp.sum(jnp.abs(mine_MD), axis=0))
+            first = jnp.argsort(expert_M != expert)[:SAMPLE]  # zeros where an expert has fewer tokens
+            return Stats(gram_DD, jnp.sum(jnp.abs(mine_MD), axis=0), mine_MD[first])
 
         self.note(jax.lax.map(of, jnp.arange(sizes_E.shape[0])))
         return seam.grouped_matmul(x_MD, self.weight, sizes_E, block=block)
@@ -73,12 +91,19 @@ class Flow:
         self.x = [embedded(params, b.tokens_BT, **w) for b, w in zip(batches, self.where, strict=True)]
         self._run = jax.jit(self._layer, static_argnums=(0, 1, 2))
 
+    def onto(self, model: Model) -> "Flow":
+        """The same text, shared, in another model of this width: what one takes through a layer is there for both."""
+        other = copy.copy(self)
+        other.model = model
+        other._run = jax.jit(other._layer, static_argnums=(0, 1, 2))
+        return other
+
     def observe(self, where: Where, weights: Params, forms: dict[str, Form]) -> dict[str, Stats]:
         """What reaches the weights of a layer, by their paths within it; the text stays before the layer."""
         total = None
         for x_BTD, at in zip(self.x, self.where, strict=True):
             _, found = self._run(*where[:2], tuple(forms.items()), weights, x_BTD, at)
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
+            total = found if total is None else {path: total[path] + one for path, one in found.items()}
         return total
 
     def advance(self, where: Where, weights: Params) -> None:
@@ -105,6 +130,18 @@ def layer_of(params: Params, where: Where) -> Params:
     group, slot, place = where
     weights = params[group][slot]
     return weights if place is None else jax.tree.map(lambda w: w[place], weights)
+
+
+def joined(model: Model, layers: Sequence[Params]) -> Params:
+    """The weights of all layers, in order, where the model keeps them, on the host; those of a slot stacked."""
+    found: dict[tuple[str, str], list[Params]] = {}
+    for (group, slot, _), weights in zip(model.layers, layers, strict=True):
+        found.setdefault((group, slot), []).append(jax.device_get(weights))
+    out: Params = {}
+    for (group, slot), of in found.items():
+        one = of[0] if group != "layers" else jax.tree.map(lambda *xs: np.stack(xs), *of)
+        out.setdefault(group, {})[slot] = one
+    return out
 
 
 def batches_of(

@@ -4,18 +4,18 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxllm import tree
 from jaxllm.adapt.quantize import QuantizeConfig, RoundToNearest, quantize_plan, rules_by_path
 from jaxllm.compress.awq import rescale
-from jaxllm.compress.calibrate import Flow, Where, layer_of
+from jaxllm.compress.calibrate import Flow, Where, joined, layer_of
 from jaxllm.compress.gptq import gptq
 from jaxllm.data.batch import TokenBatch
 from jaxllm.errors import SettingsError
 from jaxllm.model.build import Model, Params
 from jaxllm.model.change import changed, forms, weights_of
 from jaxllm.weights.quantized import Quantized
+from jaxllm.weights.rounded import Rounded
 
 #: `{path: relative error of each layer of a stack}`: the Frobenius norm of what rounding changed over the weight's own.
 Errors = dict[str, list[float]]
@@ -50,7 +50,7 @@ def quantize_calibrated(
     tables = {path: steps[path] for path in ("embed", "head") if path in steps}
     rounded = {path: jax.jit(step)(params[path], None) for path, step in tables.items()}
     errors |= {path: [relative_error(params[path], weight)] for path, weight in rounded.items()}
-    new = params | rounded | _joined(model, layers)
+    new = params | rounded | joined(model, layers)
     places = jax.tree.map(lambda leaf: leaf.sharding, changed(model, quantize_plan(model, config)).abstract)
     return jax.tree.map(jax.device_put, new, places), errors
 
@@ -67,7 +67,8 @@ def errors_of(before: Params, after: Params) -> Errors:
     for path, weight in weights_of(after).items():
         if isinstance(weight, Quantized):
             layers = range(weight.shape[0]) if len(weight.shape) > len(weight.form.shape) else [None]
-            pairs = (jax.tree.map(lambda x, i=i: x if i is None else x[i], (old[path], weight)) for i in layers)
+            first = old[path].float if isinstance(old[path], Rounded) else old[path]
+            pairs = (jax.tree.map(lambda x, i=i: x if i is None else x[i], (first, weight)) for i in layers)
             found[path] = [relative_error(*pair) for pair in pairs]
     return found
 
@@ -130,15 +131,3 @@ _round = jax.jit(lambda w, step: step(w, None), static_argnums=1)
 
 def _nested(like: Params, flat: dict) -> Params:
     return tree.map_with_path(lambda path, _: flat[path], like)
-
-
-def _joined(model: Model, layers: list[Params]) -> Params:
-    """All layers where the model keeps them, on the host; those of a slot stacked."""
-    found: dict[tuple[str, str], list[Params]] = {}
-    for (group, slot, _), weights in zip(model.layers, layers, strict=True):
-        found.setdefault((group, slot), []).append(jax.device_get(weights))
-    out: Params = {}
-    for (group, slot), of in found.items():
-        one = of[0] if group != "layers" else jax.tree.map(lambda *xs: np.stack(xs), *of)
-        out.setdefault(group, {})[slot] = one
-    return out

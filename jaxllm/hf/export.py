@@ -13,6 +13,8 @@ import safetensors.numpy
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import ResourceError, SettingsError
 from jaxllm.families.export import config_json
+from jaxllm.hf.coded import Coded
+from jaxllm.hf.compressed_export import quantization_config, stored_codes, with_plain_table
 from jaxllm.hf.safetensors import INDEX, SINGLE
 from jaxllm.hf.weights import write
 from jaxllm.model.build import Params
@@ -34,8 +36,10 @@ def export_hf(
 ) -> str:
     """Writes config.json, weights, tokenizer and generation_config.json into the new folder `out`; gives the family.
 
-    `family`: the one to write as; default: the first one that computes what the model does.
-    Raises SettingsError where none does or `out` exists, ResourceError for a disk that cannot take it.
+    `dtype`: of floats; int8 and int4 weights keep their codes, as compressed-tensors. `family`: the one to write as;
+    default: the first one that computes what the model does.
+    Raises SettingsError where none does, for weights of another kind, or where `out` exists; ResourceError for a disk
+    that cannot take it.
     """
     out = Path(out)
     if dtype not in DTYPES:
@@ -43,11 +47,14 @@ def export_hf(
     if out.exists():
         raise SettingsError(f"{out} exists, and nothing is written over; choose another --out")
     chosen, raw = config_json(config, family)
+    if (codes := quantization_config(chosen, config, params)) is not None:
+        raw = raw | {"quantization_config": codes}
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        write_shards(partial, cast(write(chosen, config, params), dtype), shard)
+        tensors = with_plain_table(chosen, write(chosen, config, params))
+        write_shards(partial, cast(tensors, dtype), shard)
         write_json(partial / "config.json", raw | {"torch_dtype": dtype} | token_ids(tokenizer))
         write_json(partial / "generation_config.json", token_ids(tokenizer))
         tokenizer.to_hf(partial)
@@ -58,14 +65,21 @@ def export_hf(
     return chosen.name
 
 
-def cast(tensors: Iterable[tuple[str, np.ndarray]], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors in a dtype. Raises SettingsError for a number that it cannot hold."""
-    for name, value in tensors:
+def cast(tensors: Iterable[tuple[str, np.ndarray | Coded]], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors in a dtype, and those of codes. Raises SettingsError for a number that it cannot hold."""
+
+    def floats(name: str, value: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):  # said below, with the name
             small = np.ascontiguousarray(value, DTYPES[dtype])
         if not np.isfinite(small.astype(np.float32)).all() and np.isfinite(value.astype(np.float32)).all():
             raise SettingsError(f"{name} holds numbers beyond the range of {dtype}; export in float32 or bfloat16")
-        yield name, small
+        return small
+
+    for name, value in tensors:
+        if not isinstance(value, Coded):
+            yield name, floats(name, value)
+        else:
+            yield from stored_codes(name, value, floats).items()
 
 
 def token_ids(tokenizer: Tokenizer) -> dict:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxllm.errors import SettingsError
 from jaxllm.families.base import Map, stored_shape, to_ours, to_theirs
-from jaxllm.hf.weights import Place
+from jaxllm.hf.places import Place
 from jaxllm.weights.form import Form
 
 
@@ -62,7 +62,10 @@ def lines_of(place: Place, forms: Mapping[str, Form], rope: int) -> Lines:
         except KeyError:
             left = right = ""
         if len(groups) != 2 or not left or flat[m.join] in inputs and len(m.parts) > 1:
-            raise SettingsError(f"{place.name} ({stored}) cannot have an adapter in PEFT's layout; leave it out")
+            raise SettingsError(
+                f"{place.name} ({stored}) is not one matrix of outputs by inputs, so that no published layout holds "
+                "adapters or codes of it; leave it out"
+            )
         a[path] = Map(path, m.theirs, f"r {left} -> {' '.join(inputs)} r", halves=m.halves)
         bs.append(f"{right} r -> r {' '.join(outputs)}")
         vectors.append(f"{right} -> {' '.join(outputs)}")

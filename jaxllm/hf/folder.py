@@ -1,14 +1,17 @@
 """A Hugging Face model folder: what its files say, opened and checked, before any weight is read."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
+from jaxllm.adapt.changes import Changes, after
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DataError
 from jaxllm.families.base import Family
 from jaxllm.families.keys import Keys
 from jaxllm.families.registry import read_config
+from jaxllm.hf.coded_weights import changes_of
 from jaxllm.hf.quantized import dequantized
 from jaxllm.hf.safetensors import Tensors, read_json
 from jaxllm.hf.weights import read
@@ -30,15 +33,23 @@ class Folder:
     """Which keys of config.json were used, and which ignored and why."""
 
     def tensors(self):
-        """The stored tensors, with quantised ones as what they stand for."""
+        """The stored tensors by the names of floats; quantised ones as what they stand for, or as codes."""
         return dequantized(Tensors(self.path), self.raw)
 
+    @functools.cached_property
+    def changes(self) -> Changes:
+        """What the weights have been through: quantised, where codes are stored. Raises SettingsError, DataError."""
+        if "quantization_config" not in self.raw:
+            return ()
+        return changes_of(build(self.config), self.family, self.tensors())
+
     def load(self, sharding: Sharding | None = None, *, dtype="float32", vocab_multiple=1) -> tuple[Model, Params]:
-        """The model and its weights, read straight into their shards. Raises DataError.
+        """The model after `changes` and its weights, read straight into their shards. Raises DataError, SettingsError.
 
         `vocab_multiple`: pads embedding and head, for a mesh that the vocabulary does not divide over.
         """
-        model = build(dataclasses.replace(self.config, vocab_multiple=vocab_multiple), sharding)
+        plain = build(dataclasses.replace(self.config, vocab_multiple=vocab_multiple), sharding)
+        model = after(plain, self.changes)
         return model, read(model, self.family, self.tensors(), dtype=dtype)
 
     def tokenizer(self) -> Tokenizer:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.adapt.changes import Changes
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DataError, SettingsError
 from jaxllm.families.base import Family
@@ -34,6 +35,8 @@ class Gguf:
     config: ModelConfig
     keys: Keys
     """Which keys of the metadata were used, and which ignored and why."""
+    changes: Changes = ()
+    """Quantised types are read as the floats that they stand for."""
 
     def tensors(self):
         """The stored tensors by the names that a folder has for them, dequantised one at a time when they are read."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm import tree
 from jaxllm.config import diff, to_dict
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import ResourceError, SettingsError
@@ -17,17 +16,24 @@ from jaxllm.families.base import stored_shape
 from jaxllm.families.export import config_json, essence
 from jaxllm.families.keys import Keys
 from jaxllm.families.registry import FAMILIES, read_config
+from jaxllm.hf.coded import Coded
 from jaxllm.hf.gguf_arch import ARCHITECTURES, Architecture, Raw
+from jaxllm.hf.gguf_blocks import Blocks, check_blocks, to_blocks
 from jaxllm.hf.gguf_file import library
 from jaxllm.hf.gguf_forms import Line
 from jaxllm.hf.gguf_rope import canonical, factor_tensors
 from jaxllm.hf.gguf_tokenizer import write_tokenizer
-from jaxllm.hf.weights import local_shapes, places, unpadded, write
+from jaxllm.hf.places import Place, local_shapes, places, unpadded
+from jaxllm.hf.weights import write
 from jaxllm.model.build import Params
+from jaxllm.model.change import weights_of
 from jaxllm.model.spec import ModelConfig
+from jaxllm.weights.quantized import Quantized
 
 #: dtype: (type of the matrices, llama.cpp's number for such a file).
-DTYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
+DTYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2)}
+#: What numbers of these types can hold: scales are in half precision.
+LARGEST = {"F16": 65504, "Q8_0": 65504 * 127, "Q4_0": 65504 * 8}
 #: Matrices that llama.cpp wants in float32: they are small, and decide much.
 PRECISE = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
 
@@ -37,9 +43,10 @@ def export_gguf(
 ) -> str:
     """Writes the new file `out`; gives the name of its architecture.
 
-    `dtype`: f32, f16, bf16 or q8_0 for matrices (q8_0: f16 where rows do not divide by 32); vectors are f32.
-    Raises SettingsError for a model that no architecture of llama.cpp computes or where `out` exists, ResourceError
-    for a disk that cannot take it, MissingExtra without the `gguf` library.
+    `dtype`: f32, f16, bf16, q8_0 or q4_0 for matrices (the last two: f16 where rows do not divide by 32); vectors are
+    f32. Matrices of codes keep them (`gguf_blocks`). Raises SettingsError for a model that no architecture of llama.cpp
+    computes, codes that it has no type for, or where `out` exists; ResourceError for a disk that cannot take it;
+    MissingExtra without the `gguf` library.
     """
     gguf, out = library(), Path(out)
     if dtype not in DTYPES:
@@ -47,19 +54,21 @@ def export_gguf(
     if out.exists():
         raise SettingsError(f"{out} exists, and nothing is written over; choose another --out")
     architecture, raw, metadata = architecture_for(config)
+    coded = check_blocks(weights_of(params))
     described = write_tokenizer(tokenizer, config.vocab)
     writer = gguf.GGUFWriter(None, architecture.name)
-    writer.add_file_type(DTYPES[dtype][1])
+    writer.add_file_type(dict(DTYPES.values())[min(coded)] if coded else DTYPES[dtype][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in metadata.items():
         _add(writer, f"{architecture.name}.{key}", value)
     for key, value in described.items():
         _add(writer, key, value)
     kinds = {}
-    for name, shape in planned(architecture, config, params, raw):
-        kinds[name] = _kind(gguf, name, shape, DTYPES[dtype][0])
+    for name, value in planned(architecture, config, params, raw):
+        kinds[name] = _kind(gguf, name, value, DTYPES[dtype][0])
         block, size = gguf.GGML_QUANT_SIZES[kinds[name]]
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, kinds[name])
+        nbytes = math.prod(value.shape) // block * size
+        writer.add_tensor_info(name, value.shape, np.dtype(np.float32), nbytes, kinds[name])
     _write(writer, out, stored(architecture, config, params, raw), lambda name, x: _cast(gguf, name, x, kinds[name]))
     return architecture.name
 
@@ -176,30 +185,49 @@ def _read_back(architecture: Architecture, metadata: Raw, config: ModelConfig, r
     return read_config(found)[1]
 
 
-def planned(architecture: Architecture, config: ModelConfig, params: Params, raw: Raw) -> Iterator[tuple[str, tuple]]:
-    """`(name, shape)` of each tensor of the file, in the order of `stored`."""
-    shapes = {path: unpadded(path, leaf.shape, config) for path, leaf in tree.flatten(params).items()}
-    tensors = (
-        (place.name, np.broadcast_to(np.float32(0), stored_shape(place.map, local_shapes(place, shapes))))
-        for place in places(FAMILIES[architecture.family], config, shapes)
-    )
-    for name, value in _as_stored(architecture, config, tensors, raw):
-        yield name, value.shape
+def planned(architecture: Architecture, config: ModelConfig, params: Params, raw: Raw):
+    """`(name, zeros or blocks)` of each tensor of the file, in the order of `stored` and of its size."""
+    weights = weights_of(params)
+    shapes = {path: unpadded(path, leaf.shape, config) for path, leaf in weights.items()}
+
+    def empty(place: Place) -> np.ndarray | Blocks:
+        weight = weights[next(iter(place.paths.values()))]
+        local = local_shapes(place, shapes)
+        if not isinstance(weight, Quantized):
+            return np.broadcast_to(np.float32(0), stored_shape(place.map, local))
+        outputs = sum(map(math.prod, local.values())) // weight.form.inputs
+        return Blocks.planned(weight.format, outputs, weight.form.inputs)
+
+    tensors = ((place.name, empty(place)) for place in places(FAMILIES[architecture.family], config, shapes))
+    return _as_stored(architecture, config, tensors, raw)
 
 
 def stored(architecture: Architecture, config: ModelConfig, params: Params, raw: Raw):
     """`(name, values)` of each tensor of the file, one at a time on the host."""
-    return _as_stored(architecture, config, write(FAMILIES[architecture.family], config, params), raw)
+    tensors = write(FAMILIES[architecture.family], config, params)
+    blocks = ((name, to_blocks(name, x) if isinstance(x, Coded) else x) for name, x in tensors)
+    return _as_stored(architecture, config, blocks, raw)
 
 
 def _as_stored(architecture: Architecture, config: ModelConfig, tensors, raw: Raw) -> Iterator[tuple[str, np.ndarray]]:
     target = _targets(architecture, config)
     for (line, i), group in itertools.groupby(tensors, lambda item: target(item[0])):
         values = [value for _, value in group]
+        if isinstance(values[0], Blocks):
+            yield _stored_blocks(line, values, i)
+            continue
         whole = np.stack(values) if "{e}" in line.theirs else values[0]
         for name, value in zip(line.names, line.form.stored(whole), strict=True):
             yield name.format(i=i), value
     yield from factor_tensors(raw).items()
+
+
+def _stored_blocks(line: Line, values: list[Blocks], layer: str) -> tuple[str, Blocks]:
+    """Blocks by the name of the file. Raises SettingsError for a tensor in which not only rows change their places."""
+    if line.form.rows is None or len(line.names) > 1 or len({value.kind for value in values}) > 1:
+        raise SettingsError(f"{line.theirs} cannot keep its codes in GGUF; make the weights plain first (jaxllm merge)")
+    rows = [line.form.rows(value.data) for value in values]
+    return line.names[0].format(i=layer), Blocks(values[0].kind, np.stack(rows) if "{e}" in line.theirs else rows[0])
 
 
 def _targets(architecture: Architecture, config: ModelConfig) -> Callable[[str], tuple[Line, str]]:
@@ -219,16 +247,20 @@ def _targets(architecture: Architecture, config: ModelConfig) -> Callable[[str],
     return target
 
 
-def _kind(gguf, name: str, shape: tuple[int, ...], wanted: str):
-    kinds = gguf.GGMLQuantizationType
+def _kind(gguf, name: str, value: np.ndarray | Blocks, wanted: str):
+    kinds, shape = gguf.GGMLQuantizationType, value.shape
+    if isinstance(value, Blocks):
+        return kinds[value.kind]
     if len(shape) == 1 or not name.endswith(".weight") or name.endswith(PRECISE):
         return kinds.F32
-    return kinds.F16 if wanted == "Q8_0" and shape[-1] % 32 else kinds[wanted]
+    return kinds.F16 if wanted in ("Q8_0", "Q4_0") and shape[-1] % 32 else kinds[wanted]
 
 
-def _cast(gguf, name: str, value: np.ndarray, kind) -> np.ndarray:
+def _cast(gguf, name: str, value: np.ndarray | Blocks, kind) -> np.ndarray:
+    if isinstance(value, Blocks):
+        return value.data
     value = np.ascontiguousarray(value, np.float32)
     largest = np.abs(value).max(initial=0)
-    if kind.name in ("F16", "Q8_0") and not largest < (65504 if kind.name == "F16" else 65504 * 127):
+    if kind.name in LARGEST and not largest < LARGEST[kind.name]:
         raise SettingsError(f"{name} holds {largest}, which is beyond the range of {kind.name}; export in bf16 or f32")
     return gguf.quantize(value, kind)

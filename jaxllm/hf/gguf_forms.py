@@ -27,6 +27,8 @@ class Form:
     to_gguf: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, ...]] = _same
     shape: Callable[[Shape], Shape] = _same
     """Shape in the folder, from that of a stored tensor; must take any shape, since files can hold any."""
+    rows: Callable[[np.ndarray], np.ndarray] | None = None
+    """`to_gguf` of a matrix that has its outputs first already, where only rows move; codes of a row stay together."""
     names: tuple[str, ...] = ()
     """Names in the file, without the layer's prefix, where the library's table has none."""
 
@@ -35,21 +37,22 @@ class Form:
         return out if isinstance(out, tuple) else (out,)
 
 
-SAME = Form()
+SAME = Form(rows=_same)
 #: Norms that multiply by 1 + w are stored as what they multiply by.
 SHIFTED = Form(
     lambda x: np.asarray(x, np.float32) - np.float32(1),
     lambda x: np.asarray(x, np.float32) + np.float32(1),
 )
-TRANSPOSED = Form(lambda x: x.T, lambda x: x.T, lambda s: s[::-1])
+TRANSPOSED = Form(lambda x: x.T, lambda x: x.T, lambda s: s[::-1], rows=_same)
 
 
 def pairs(heads: int) -> Form:
     """Rows of a rotated head in pairs (x0 y0 x1 y1 ...), where a folder has halves (x0 x1 ... y0 y1 ...)."""
-    return Form(
-        lambda x: x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape),
-        lambda x: x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape),
-    )
+
+    def to_gguf(x):
+        return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+    return Form(lambda x: x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape), to_gguf, rows=to_gguf)
 
 
 #: GPT-OSS: a folder has gate and up as alternating columns of one input-major tensor; E experts, F ffw, D embed.
@@ -61,19 +64,19 @@ GPT_OSS = {
         ),
         lambda both_EDF: (both_EDF[:, :, ::2].swapaxes(1, 2), both_EDF[:, :, 1::2].swapaxes(1, 2)),
         lambda s: s[:1] + s[2:] + tuple(2 * n for n in s[1:2]),
-        ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+        names=("ffn_gate_exps.weight", "ffn_up_exps.weight"),
     ),
     "mlp.experts.gate_up_proj_bias": Form(
         lambda gate_EF, up_EF: np.stack([gate_EF, up_EF], 2).reshape(len(up_EF), -1),
         lambda both_EF: (both_EF[:, ::2], both_EF[:, 1::2]),
         lambda s: s[:1] + tuple(2 * n for n in s[1:]),
-        ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
+        names=("ffn_gate_exps.bias", "ffn_up_exps.bias"),
     ),
     "mlp.experts.down_proj": Form(
         lambda x_EDF: x_EDF.swapaxes(1, 2),
         lambda x_EFD: x_EFD.swapaxes(1, 2),
         lambda s: s[:1] + s[:0:-1],
-        ("ffn_down_exps.weight",),
+        names=("ffn_down_exps.weight",),
     ),
     "mlp.experts.down_proj_bias": Form(names=("ffn_down_exps.bias",)),
 }

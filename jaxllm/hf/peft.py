@@ -20,11 +20,10 @@ from jaxllm.families.base import Family
 from jaxllm.families.export import config_json
 from jaxllm.hf.factors import Factors, from_peft, lines_of
 from jaxllm.hf.peft_config import PeftConfig, read_config
+from jaxllm.hf.places import Place, places, rope_dims, stored_forms, unpadded
 from jaxllm.hf.safetensors import Entry, read_header
-from jaxllm.hf.weights import Place, places, rope_dims, unpadded
 from jaxllm.model.build import Model, Params
 from jaxllm.model.change import changed, is_weight, weights_of
-from jaxllm.weights.form import Form, form_of
 from jaxllm.weights.lora import Lora
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -73,11 +72,6 @@ def modules_of(model: Model, family: Family) -> Iterator[tuple[Place, str | None
         if all(known[whole] is not None for whole in place.paths.values()):
             experts = any(known[whole].experts for whole in place.paths.values())
             yield place, None if experts else place.name.removesuffix(".weight")
-
-
-def stored_forms(model: Model) -> dict[str, Form | None]:
-    """The form of each weight, without the rows that pad a vocabulary."""
-    return {path: form_of(axes, unpadded(path, shape, model.config)) for path, (axes, shape) in model.weights.items()}
 
 
 def tables_of(family: Family) -> dict[str, str]:

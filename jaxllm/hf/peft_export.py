@@ -13,8 +13,8 @@ from jaxllm.errors import ResourceError, SettingsError
 from jaxllm.families.export import config_json
 from jaxllm.hf.export import write_json
 from jaxllm.hf.factors import Factors, lines_of, to_peft
-from jaxllm.hf.peft import CONFIG, PREFIX, TENSORS, modules_of, stored_forms, tables_of
-from jaxllm.hf.weights import Place, rope_dims
+from jaxllm.hf.peft import CONFIG, PREFIX, TENSORS, modules_of, tables_of
+from jaxllm.hf.places import Place, rope_dims, stored_forms
 from jaxllm.model.build import Model, Params
 from jaxllm.model.change import weights_of
 from jaxllm.weights.lora import Lora

@@ -1,4 +1,8 @@
-"""Stored tensors that stand for others: float8 with block scales (DeepSeek-V3) and MXFP4 (GPT-OSS), as floats."""
+"""Stored tensors that stand for others, by the `quant_method` of a folder.
+
+Float8 with block scales (DeepSeek-V3) and MXFP4 (GPT-OSS), in which models are published, become floats. What was
+rounded from a published model (GPTQ, AWQ, compressed-tensors, bitsandbytes) stays codes: `coded.Coded`.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +12,13 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.errors import DataError, SettingsError
+from jaxllm.hf.bitsandbytes import read_bitsandbytes
+from jaxllm.hf.compressed import read_compressed
+from jaxllm.hf.gptq import read_awq, read_gptq
 from jaxllm.hf.safetensors import Entry, Tensors
+
+#: Ends of names that only tensors of quantised models have.
+ODD = ("_scale_inv", "_blocks", ".qweight", ".weight_packed", ".weight_scale", ".absmax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +72,17 @@ class Mxfp4:
 
 
 def dequantized(tensors: Tensors, raw: dict[str, Any]) -> Mapping[str, Any]:
-    """The tensors by the names of the floats that they stand for. Raises SettingsError for an unknown quantisation."""
+    """The tensors by the names of the floats that they stand for.
+
+    Raises SettingsError for an unknown quantisation, DataError for tensors that do not fit each other.
+    """
     settings = raw.get("quantization_config")
     if settings is None:
-        odd = next((name for name in tensors if name.endswith(("_scale_inv", "_blocks"))), None)
+        odd = next((name for name in tensors if name.endswith(ODD)), None)
         if odd is not None:
             raise DataError(
-                f"{tensors.folder}: {odd} is of a quantised model, and config.json has no quantization_config"
+                f"{tensors.folder}: {odd} is of a quantised model, and config.json has no quantization_config; older "
+                "GPTQ folders have it in quantize_config.json: copy it there, with quant_method"
             )
         return tensors
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
@@ -119,4 +133,11 @@ def _mxfp4(tensors: Tensors, settings: dict) -> dict[str, Any]:
     return out
 
 
-METHODS = {"fp8": _float8, "mxfp4": _mxfp4}
+METHODS = {
+    "fp8": _float8,
+    "mxfp4": _mxfp4,
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "compressed-tensors": read_compressed,
+    "bitsandbytes": read_bitsandbytes,
+}

@@ -1,6 +1,5 @@
 """Between the tensors of a Hugging Face folder and a tree of our weights, one tensor at a time, both ways."""
 
-import dataclasses
 import fnmatch
 import functools
 import re
@@ -12,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm import tree
-from jaxllm.errors import DataError, nearest
-from jaxllm.families.base import Family, Map, stored_shape, to_ours, to_theirs
+from jaxllm.errors import DataError, SettingsError, nearest
+from jaxllm.families.base import Family, stored_shape, to_ours, to_theirs
+from jaxllm.hf.coded import Coded
+from jaxllm.hf.coded_weights import read_coded, to_coded
+from jaxllm.hf.places import Place, based, local_shapes, places, rope_dims, unpadded
 from jaxllm.model.build import Model, Params
+from jaxllm.model.change import is_weight, weights_of
 from jaxllm.model.spec import ModelConfig
+from jaxllm.weights.quantized import Quantized
 
 #: What a letter of `Map.axes` is in config.json, for errors.
 LETTERS = {
@@ -44,92 +47,36 @@ class Stored(Protocol):
     def map(self) -> np.ndarray: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """One stored tensor: its name, its line in the family's table, and where its weights lie in our tree."""
-
-    name: str
-    map: Map
-    paths: dict[str, str]
-    """The map's own path -> our path."""
-    index: tuple[int, ...]
-    """Where in our weight: the period of a stacked layer, then the expert."""
-
-
-def places(family: Family, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Place]:
-    """Every stored tensor of a model. `shapes`: of our weights by path; lines for others are left out."""
-    for m in family.top:
-        yield from _places(m, family.base, "", (), shapes)
-    for i in range(config.layers):
-        block, index = where_is(config, i)
-        for m in family.layer:
-            yield from _places(m, family.base + family.prefix.format(i=i), block, index, shapes)
-
-
-def where_is(config: ModelConfig, layer: int) -> tuple[str, tuple[int, ...]]:
-    """`(path of the block, index into its stack)` of a layer: `("layers/1/", (4,))`, `("prefix/0/", ())`."""
-    first, period = len(config.prefix), len(config.pattern)
-    if layer < first:
-        return f"prefix/{layer}/", ()
-    done, slot = divmod(layer - first, period)
-    return (f"layers/{slot}/", (done,)) if done < config.periods else (f"suffix/{slot}/", ())
-
-
-def _places(m: Map, prefix: str, block: str, index, shapes) -> Iterator[Place]:
-    paths = {part[0]: block + part[0] for part in m.parts}
-    here = [path in shapes for path in paths.values()]
-    if not all(here):
-        assert not any(here), f"{m.theirs}: only some of {tuple(paths.values())} are weights of this model"
-        return
-    name = m.theirs[1:] if m.theirs.startswith("/") else prefix + m.theirs
-    if "{e}" not in name:
-        yield Place(name, m, paths, index)
-        return
-    for e in range(shapes[next(iter(paths.values()))][len(index)]):
-        yield Place(name.format(e=e), m, paths, (*index, e))
-
-
 def read(model: Model, family: Family, tensors: Mapping[str, Stored], *, dtype=jnp.float32) -> Params:
     """The weights of `model` out of stored tensors, each read straight into its shards.
 
-    The host holds one tensor at a time. Raises DataError for a missing tensor, one that is left over, or one whose
-    shape is not what config.json makes it.
+    The host holds one tensor at a time. A matrix of codes stays one: `model` must have been changed by
+    `coded_weights.changes_of`. Raises DataError for a missing tensor, one that is left over, or one whose shape is not
+    what config.json makes it.
     """
-    abstract = tree.flatten(model.abstract)
+    abstract = weights_of(model.abstract)
     shapes = {path: unpadded(path, leaf.shape, model.config) for path, leaf in abstract.items()}
     family = based(family, tensors)
     rope = rope_dims(model.config)
     params, used = {}, set()
     for place in places(family, model.config, shapes):
         used.add(place.name)
-        local = local_shapes(place, shapes)
-        stored = _check(tensors, place, stored_shape(place.map, local))
-        for path, piece in to_ours(place.map, stored.map(), local, rope).items():
+        if isinstance(coded := tensors[place.name] if place.name in tensors else None, Coded):
+            pieces = read_coded(place, coded, model, abstract)
+        else:
+            local = local_shapes(place, shapes)
+            stored = _check(tensors, place, stored_shape(place.map, local))
+            pieces = to_ours(place.map, stored.map(), local, rope)
+        for path, piece in pieces.items():
             whole = place.paths[path]
-            params[whole] = _place(params.get(whole), piece, place.index, abstract[whole], dtype)
+            params[whole] = _placed(params.get(whole), piece, place.index, abstract[whole], dtype)
     absent = shapes.keys() - params.keys()
     assert not absent, f"family {family.name} has no line for {sorted(absent)}"
     check_left_over(family, model.config, tensors, used)
     check_tied(family, model.config, tensors)
-    return jax.tree.unflatten(jax.tree.structure(model.abstract), [params[path] for path in abstract])
-
-
-def based(family: Family, tensors: Mapping[str, Any]) -> Family:
-    """The family with the prefix that the folder's names have: those of a bare decoder lack `base`."""
-    if any(name.startswith(family.base) for name in tensors):
-        return family
-    return dataclasses.replace(family, base="")
-
-
-def rope_dims(config: ModelConfig) -> int:
-    """How many entries of a head rotate, where that is not the whole axis (latent attention)."""
-    latent = config.layer_specs[0].attn.latent
-    return latent.rope_head if latent is not None else 0
-
-
-def local_shapes(place: Place, shapes) -> dict[str, tuple[int, ...]]:
-    """Shapes of a place's weights without the axes that `index` counts."""
-    return {path: shapes[whole][len(place.index) :] for path, whole in place.paths.items()}
+    return jax.tree.unflatten(
+        jax.tree.structure(model.abstract, is_leaf=is_weight), [params[path] for path in abstract]
+    )
 
 
 def _check(tensors: Mapping[str, Stored], place: Place, expected: tuple[int, ...]) -> Stored:
@@ -146,6 +93,15 @@ def _check(tensors: Mapping[str, Stored], place: Place, expected: tuple[int, ...
             f"(from {keys}); the two are not of one model"
         )
     return stored
+
+
+def _placed(whole, piece, index: tuple[int, ...], abstract, dtype):
+    """The weight `whole`, of any type, with `piece` at `index`; arrays of a quantised one keep their own dtypes."""
+    leaves, structure = jax.tree.flatten(abstract)
+    parts, before = jax.tree.leaves(piece), [None] * len(leaves) if whole is None else jax.tree.leaves(whole)
+    dtypes = [leaf.dtype if isinstance(abstract, Quantized) else dtype for leaf in leaves]
+    placed = zip(before, parts, leaves, dtypes, strict=True)
+    return structure.unflatten([_place(old, part, index, leaf, kind) for old, part, leaf, kind in placed])
 
 
 def _place(whole, piece: np.ndarray, index: tuple[int, ...], leaf: jax.ShapeDtypeStruct, dtype) -> jax.Array:
@@ -185,11 +141,19 @@ def check_left_over(family: Family, config: ModelConfig, tensors: Mapping[str, A
     if family.beyond:
         layer = re.escape(family.base + family.prefix).replace(r"\{i\}", r"(\d+)")
         left = [name for name in left if not ((m := re.match(layer, name)) and int(m[1]) >= config.layers)]
+    left = [name for name in left if not _adds_nothing(name, tensors)]
     if left:
         raise DataError(
             f"tensor {sorted(left)[0]} ({len(left)} in all) is in the folder and not in a {family.name} model of "
             f"{config.layers} layers with these settings; the two are not of one model"
         )
+
+
+def _adds_nothing(name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether it is a bias of zeros beside a matrix of codes: AutoGPTQ gives one to every matrix."""
+    weight = name.removesuffix("bias") + "weight"
+    coded = name.endswith(".bias") and weight in tensors and isinstance(tensors[weight], Coded)
+    return coded and not np.any(tensors[name].map())
 
 
 def check_tied(family: Family, config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
@@ -204,19 +168,24 @@ def check_tied(family: Family, config: ModelConfig, tensors: Mapping[str, Stored
             )
 
 
-def write(family: Family, config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """`(name, tensor)` of every stored tensor of a model, one at a time on the host."""
-    leaves = tree.flatten(params)
+def write(family: Family, config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray | Coded]]:
+    """`(name, tensor)` of every stored tensor of a model, one at a time on the host; quantised ones stay codes.
+
+    Raises SettingsError for quantised weights that do not go into one tensor of the family.
+    """
+    leaves = weights_of(params)
     shapes = {path: unpadded(path, leaf.shape, config) for path, leaf in leaves.items()}
     rope = rope_dims(config)
     for place in places(family, config, shapes):
-        ours = {path: _host(leaves[whole], place.index, shapes[whole]) for path, whole in place.paths.items()}
-        yield place.name, to_theirs(place.map, ours, rope)
-
-
-def unpadded(path: str, shape, config: ModelConfig):
-    """The shape without the rows that pad the vocabulary, which are never stored."""
-    return (config.vocab, *shape[1:]) if path in ("embed", "head") else shape
+        ours = {path: leaves[whole] for path, whole in place.paths.items()}
+        coded = [isinstance(leaf, Quantized) for leaf in ours.values()]
+        if any(coded) and not all(coded):
+            raise SettingsError(f"{place.name} holds {', '.join(ours)}, and only some of them are quantised")
+        if all(coded):
+            yield place.name, to_coded(place, ours, config)
+        else:
+            whole = {path: _host(leaf, place.index, shapes[place.paths[path]]) for path, leaf in ours.items()}
+            yield place.name, to_theirs(place.map, whole, rope)
 
 
 def _host(leaf, index: tuple[int, ...], shape) -> np.ndarray:

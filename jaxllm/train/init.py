@@ -43,7 +43,7 @@ def origin_of(init: str | None, here: Changes) -> Origin:
     if init is None:
         return Origin(None, None, (), here)
     if (published := open_published(init)) is not None:
-        return Origin(init, published.family.name, (), here)
+        return Origin(init, published.family.name, published.changes, here)
     meta = read_meta(init)[1]
     return Origin(init, meta.get("family"), changes_of(meta, init), here)
 

@@ -1,7 +1,7 @@
 """Number formats of quantised weights: codes of a few bits, and the values they stand for.
 
 A format maps values of a group, divided by the group's scale, to codes and back. `FORMATS` is the table of them; a new
-one is one entry, or `package.module:NAME` for one outside of the package.
+one is one entry, or `package.module:NAME` for one outside of the package (`examples/fp4.py`).
 
 Rounding to nearest is off by at most, in units of the scale: half a step of integers (0.5; int8, int4, int2), half the
 widest gap of levels (0.152 for nf4), and for fp8 1/16 of the value, or 2^-10 below 2^-6. Scales in 8 bits add the
@@ -12,6 +12,7 @@ Shapes: any; P bytes of the last axis once packed.
 
 import dataclasses
 import importlib
+import itertools
 from statistics import NormalDist
 
 import jax
@@ -23,7 +24,10 @@ from jaxllm.errors import SettingsError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A number format whose codes stand for `levels`, or for themselves (integers and fp8)."""
+    """A number format whose codes stand for `levels`, or for themselves (integers, and floats of a jax dtype).
+
+    Raises SettingsError where the parts do not fit together.
+    """
 
     name: str
     bits: int
@@ -33,11 +37,37 @@ class Format:
     """The value of each code, ascending; None for integers and floats."""
     group: int | None = None
     """Inputs that share a scale where none is given; None for all inputs of an output."""
+    dtype: str | None = None
+    """The jax dtype of codes that are floats, such as float8_e4m3fn; None for levels and integers."""
+
+    def __post_init__(self):
+        floats = self.dtype is not None
+        if not 1 <= self.bits <= 8 or (floats and (self.levels or self.bits != 8 or not hasattr(jnp, self.dtype))):
+            raise SettingsError(
+                f"format {self.name}: bits={self.bits}, dtype={self.dtype}: codes have 1 to 8 bits, and those of a jax "
+                "dtype have 8 and no levels"
+            )
+        levels = self.levels or (-1.0, 1.0)
+        if not 2 <= len(levels) <= 2**self.bits or any(a >= b for a, b in itertools.pairwise(levels)):
+            raise SettingsError(
+                f"format {self.name}: {len(levels)} levels: codes of {self.bits} bits stand for 2 to {2**self.bits} "
+                "levels, in ascending order"
+            )
+        if not 0 < self.largest <= self._limit():
+            raise SettingsError(
+                f"format {self.name}: largest={self.largest} must be above 0, and at most the {self._limit()} that its "
+                "codes reach"
+            )
+
+    def _limit(self) -> float:
+        if self.dtype is not None:
+            return float(jnp.finfo(self.dtype).max)
+        return 2 ** (self.bits - 1) - 1 if self.levels is None else max(map(abs, self.levels))
 
     @property
     def integer(self) -> bool:
         """Whether a code is the value itself, so that integer products can be taken."""
-        return self.levels is None and self.bits <= 8 and self.name != "fp8"
+        return self.levels is None and self.dtype is None
 
     @property
     def per_byte(self) -> int:
@@ -45,8 +75,8 @@ class Format:
 
     def encode(self, values: jax.Array) -> jax.Array:
         """The nearest code of each value (already divided by its scale), not packed."""
-        if self.name == "fp8":
-            return jnp.clip(values, -self.largest, self.largest).astype(jnp.float8_e4m3fn)
+        if self.dtype is not None:
+            return jnp.clip(values, -self.largest, self.largest).astype(self.dtype)
         if self.levels is None:
             low = -self.largest if self.bits == 8 else -self.largest - 1
             return jnp.clip(jnp.round(values), low, self.largest).astype(jnp.int8)
@@ -99,22 +129,27 @@ FORMATS = {
         Format("int4", 4, 7.0, group=64),
         Format("nf4", 4, 1.0, _normal_float(4), group=64),
         Format("int2", 2, 1.5, (-1.5, -0.5, 0.5, 1.5), group=32),
-        Format("fp8", 8, 448.0),
+        Format("fp8", 8, 448.0, dtype="float8_e4m3fn"),
     )
 }
 
 
 def get_format(name: str) -> Format:
-    """The format of this name. Raises SettingsError with the nearest one."""
+    """The format of this name, or at `package.module:NAME`. Raises SettingsError with the nearest one."""
     if name in FORMATS:
         return FORMATS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise SettingsError(f"unknown format {name!r}{nearest(name, FORMATS)}; known are {', '.join(FORMATS)}")
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise SettingsError(
+            f"unknown format {name!r}{nearest(name, FORMATS)}; known are {', '.join(FORMATS)} and package.module:NAME"
+        )
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise SettingsError(f"format {name!r}: {error}; write it as package.module:NAME") from None
+        raise SettingsError(
+            f"format {name!r}: {error}; it is package.module:NAME of a Format, and Python must find the package: "
+            "install it, or put its folder into PYTHONPATH"
+        ) from None
     if not isinstance(found, Format):
         raise SettingsError(
             f"format {name!r} is a {type(found).__name__}, not a Format; write it as package.module:NAME"

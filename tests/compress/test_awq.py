@@ -58,9 +58,8 @@ def test_a_scaled_layer_computes_the_same(name):
     rng, stats = np.random.default_rng(0), {}
     for path, step in steps.items():
         size = np.where(np.arange(step.form.inputs) % 7 == 3, 20.0, 1.0) * np.ones((*step.form.experts, 1))
-        stats[path] = Stats(
-            jnp.asarray(size[..., None] ** 2 * np.eye(step.form.inputs), jnp.float32), jnp.asarray(size)
-        )
+        gram = jnp.asarray(size[..., None] ** 2 * np.eye(step.form.inputs), jnp.float32)
+        stats[path] = Stats(gram, jnp.asarray(size), jnp.asarray(size)[..., None, :])
     weights = layer_of(tiny.weights(model), model.layers[0])
     flat = tree.flatten(weights)
     new = rescale(flat, stats, steps, of, config, config.pattern[0])
@@ -84,8 +83,26 @@ def test_the_search_loses_less_than_rounding_to_nearest_where_a_few_inputs_are_l
         rounded = np.float64(quantize(w * s[:, None], form, "int4", group=16).dense(jnp.float32)) / s[:, None]
         return np.sum(((rounded - np.float64(w)).T @ gram) * (rounded - np.float64(w)).T)
 
-    s = np.float64(search(jnp.abs(x).sum(0), [w], [jnp.asarray(gram, jnp.float32)], (step,)))
+    stats = Stats(jnp.asarray(gram, jnp.float32), jnp.abs(x).sum(0), jnp.asarray(x, jnp.float32))
+    s = np.float64(search(stats.size_I, [w], [stats], (step,)))
     assert loss(s) < 0.4 * loss(np.ones(32))
     assert s[3] > 2 * s[4] and s[19] > 2 * s[4]
-    flat = search(jnp.ones(32), [w], [jnp.asarray(gram, jnp.float32)], (step,))
+    flat = search(jnp.ones(32), [w], [stats], (step,))
     np.testing.assert_allclose(flat, 1, rtol=1e-6)  # nothing to go by, and nothing scaled
+
+
+def test_with_integer_activations_the_search_evens_them_out():
+    """Against the integer product itself; int8 weights alone would leave everything as it is, or nearly."""
+    rng, form = np.random.default_rng(0), Form("io", (64, 24))
+    w = jnp.asarray(rng.standard_normal((64, 24)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((256, 64)) * np.where(np.arange(64) == 3, 200, 1), jnp.float32)
+    stats = Stats(x.T @ x, jnp.abs(x).sum(0), x[::4])
+    exact = np.float64(x) @ np.float64(w)
+
+    def loss(s):
+        rounded = quantize(w * s[:, None], form, "int8", activations="int8")
+        return np.sum((np.float64(rounded.einsum("MI,IO->MO", x / s)) - exact) ** 2)
+
+    step = RoundToNearest(form, "int8", None, False, True, False, "int8", "awq")
+    s = search(jnp.max(jnp.abs(x), axis=0), [w], [stats], (step,))
+    assert loss(s) < 0.05 * loss(jnp.ones(64))

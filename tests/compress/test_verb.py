@@ -10,7 +10,9 @@ import tiny
 
 import jaxllm
 from jaxllm import api, cli, tree
+from jaxllm.adapt.changes import Change
 from jaxllm.adapt.quantize import QuantizeConfig, QuantizeRule
+from jaxllm.config import parse
 from jaxllm.sharding import ParallelConfig
 from jaxllm.weights.quantized import Quantized
 
@@ -115,3 +117,39 @@ def test_nothing_is_written_over(verb, tmp_path):
     code, _, said = verb(*"--format int8 --out there".split())
     assert code == 2 and "there exists, and nothing is written over" in said
     assert not list((tmp_path / "there").iterdir())
+
+
+@pytest.fixture(scope="module")
+def trained_for_int4(finished, tmp_path_factory):
+    """A folder with weights as a run with `qat` leaves them."""
+    folder = tmp_path_factory.mktemp("qat") / "run"
+    qat = {"rules": [{"format": "int4", "group": 16, "symmetric": False}]}
+    api.save(jaxllm.load(finished.folder).change(Change(qat=qat)), folder)
+    return folder
+
+
+def test_a_run_trained_for_a_format_is_stored_in_it(verb, trained_for_int4, finished, tmp_path):
+    """Codes, scales and zeros are those of the floats quantised, to the last bit; errors are those of the floats."""
+    code, out, said = verb("--out", "stored", "--json", model=trained_for_int4)
+    assert code == 0, said
+    found = json.loads(out)
+    rule = found["settings"]["rules"][0]
+    assert rule["format"] == "int4" and rule["symmetric"] is False and found["compression"] > 1.3
+    loaded = jaxllm.load("stored")
+    config = parse(QuantizeConfig, found["settings"], "report")
+    expected, errors = api.quantize(jaxllm.load(finished.folder), config)
+    assert tiny.bit_equal(*(jax.device_get(one.params) for one in (loaded, expected)))
+    assert found["errors"] == {path: pytest.approx(values) for path, values in errors.items()}
+    code, _, said = verb("--out", "again", model="stored")
+    assert code == 2 and "is stored in it: choose one with --format (int8, int4" in said
+
+
+def test_what_a_run_trained_for_a_format_cannot_be_asked(verb, trained_for_int4, tmp_path):
+    for options, model, says in (
+        ("--group 16 --tables", trained_for_int4, "as they were trained (qat) and would ignore --group, --tables"),
+        ("--method gptq --rule **/q=int8", trained_for_int4, "would ignore --rule, --method"),
+        ("--format int8", trained_for_int4, "was trained for int4 (qat) and is still used rounded: jaxllm quantize"),
+        ("", None, "was not trained for a number format (qat)"),
+    ):
+        code, _, said = verb(*options.split(), "--out", "made", **({"model": model} if model else {}))
+        assert code == 2 and says in said and not (tmp_path / "made").exists(), said

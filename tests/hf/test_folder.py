@@ -117,9 +117,9 @@ def test_float8_blocks_are_multiplied_by_their_scales(tmp_path):
     up = np.asarray(open_folder(folder).load()[1]["layers"]["0"]["mlp"]["up"][1]).T
     for rows, columns, scale in ((slice(0, 32), slice(0, 32), 0.5), (slice(32, 56), slice(32, 48), 0.25)):
         assert np.array_equal(up[rows, columns], tensors[name][rows, columns].astype(np.float32) * scale)
-    plain = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    plain = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "aqlm"}}
     (folder / "config.json").write_text(json.dumps(plain))
-    with pytest.raises(SettingsError, match="quant_method='gptq' is not read here; known: fp8, mxfp4"):
+    with pytest.raises(SettingsError, match="quant_method='aqlm' is not read here; known: fp8, mxfp4"):
         open_folder(folder).load()
 
 

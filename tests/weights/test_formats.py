@@ -1,11 +1,12 @@
 """Number formats: the nearest code of every value, codes packed and back without a change, and the published levels."""
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxllm.errors import SettingsError
-from jaxllm.weights.formats import FORMATS, get_format
+from jaxllm.weights.formats import FORMATS, Format, get_format
 
 
 def all_codes(kind):
@@ -57,3 +58,33 @@ def test_formats_from_outside_and_unknown_ones(tmp_path, monkeypatch):
     for name in ("nowhere:ODD", "formats_outside:EVEN", "math:pi"):
         with pytest.raises(SettingsError, match=f"{name}.*package.module:NAME"):
             get_format(name)
+
+
+@pytest.mark.parametrize(
+    "parts, says",
+    [
+        (
+            dict(bits=4, largest=1.0, levels=(0.0, 1.0, -1.0)),
+            "3 levels: codes of 4 bits stand for 2 to 16 .* ascending",
+        ),
+        (dict(bits=2, largest=1.0, levels=(-1.0, -0.5, 0.0, 0.5, 1.0)), "5 levels: codes of 2 bits stand for 2 to 4"),
+        (dict(bits=2, largest=2.0, levels=(-1.0, 0.0, 1.0)), "largest=2.0 must be above 0, and at most the 1.0"),
+        (dict(bits=4, largest=15.0), "largest=15.0 must be above 0, and at most the 7 that its codes reach"),
+        (dict(bits=8, largest=448.0, dtype="float8_e3m4"), "largest=448.0 must be .* at most the 15.5"),
+        (dict(bits=8, largest=1.0, dtype="float9"), "dtype=float9: .* those of a jax dtype"),
+        (dict(bits=8, largest=0.0), "largest=0.0 must be above 0"),
+        (dict(bits=16, largest=1.0), "bits=16, dtype=None: codes have 1 to 8 bits"),
+        (dict(bits=4, largest=6.0, dtype="float8_e5m2"), "bits=4, dtype=float8_e5m2: .* dtype have 8 and no levels"),
+    ],
+)
+def test_a_format_whose_parts_do_not_fit_is_refused(parts, says):
+    with pytest.raises(SettingsError, match=f"format odd: .*{says}"):
+        Format("odd", **parts)
+
+
+def test_another_float_type_is_one_entry():
+    """e5m2 of fp8, against ml_dtypes."""
+    kind, values = Format("e5m2", 8, 57344.0, dtype="float8_e5m2"), np.float32([0.3, -57344, 1e-5, 3.3])
+    found = kind.decode(kind.encode(jnp.asarray(values)), jnp.float32)
+    np.testing.assert_array_equal(found, values.astype(ml_dtypes.float8_e5m2).astype(np.float32))
+    assert not kind.integer
