@@ -9,7 +9,23 @@ import importlib
 import types
 
 __version__ = "0.1.0"
-__all__ = ["Loaded", "evaluate", "evaluate_tasks", "export", "generate", "load", "stream", "train"]
+__all__ = [
+    "Loaded",
+    "compare",
+    "evaluate",
+    "evaluate_tasks",
+    "export",
+    "gather",
+    "generate",
+    "load",
+    "load_adapter",
+    "prune",
+    "quantize",
+    "save",
+    "save_adapter",
+    "stream",
+    "train",
+]
 
 
 def __getattr__(name: str):
