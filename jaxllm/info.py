@@ -9,9 +9,10 @@ import humanize
 import jax
 
 from jaxllm import checkpoint, tree
-from jaxllm.checkpoint.models import config_of, tokenizer_folder
+from jaxllm.adapt.changes import Changes
+from jaxllm.checkpoint.models import changes_of, config_of, tokenizer_folder
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.errors import DataError
+from jaxllm.errors import DataError, UserError
 from jaxllm.hf.open import open_published
 from jaxllm.model.build import active_parameters, build
 from jaxllm.model.spec import AttnSpec, ModelConfig
@@ -30,13 +31,27 @@ def info(path: str | Path, *, ignore_keys: tuple[str, ...] = ()) -> dict[str, An
     if (published := open_published(path, ignore_keys=ignore_keys)) is not None:
         config, found["family"] = published.config, published.family.name
         found["keys ignored"] = dict(published.keys.ignored)
-        tokenizer = _tokenizer(published.tokenizer)
+        weights, tokenizer = _weights(published), _tokenizer(published.tokenizer)
     else:
         step, meta = checkpoint.read_meta(path)
         config = config_of(meta, str(path))
         found |= {"family": "trained here", "steps": step}
+        weights = {"changes": _named(changes_of(meta, str(path)))}
         tokenizer = _tokenizer(lambda: Tokenizer.load(tokenizer_folder(path)))
-    return found | describe(config) | {"tokenizer": tokenizer, "name says": name_says(Path(path).name)}
+    rest = {"weights": weights, "tokenizer": tokenizer, "name says": name_says(Path(path).name)}
+    return found | describe(config) | rest
+
+
+def _weights(published) -> dict[str, Any]:
+    """What the headers of the files say: how many tensors there are, and whether they are stored as codes."""
+    try:
+        return {"tensors": len(published.tensors()), "changes": _named(published.changes)}
+    except UserError as error:
+        return {"problem": str(error)}
+
+
+def _named(changes: Changes) -> str:
+    return ", ".join(map(str, changes)) or "none"
 
 
 def _tokenizer(open_it) -> dict[str, Any]:

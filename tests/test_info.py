@@ -32,7 +32,9 @@ def test_a_folder_is_described_without_its_weights(tmp_path, capsys):
     raw, tensors = random_model("gemma3")
     write_shards(tmp_path, tensors.items(), 1 << 30)
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    (tmp_path / "model.safetensors").write_bytes(b"")  # never opened
+    assert info(tmp_path)["weights"] == {"tensors": len(tensors), "changes": "none"}
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "model.safetensors" in info(tmp_path)["weights"]["problem"]
     assert cli.main(["info", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "family            gemma3" in out and "attention         6 x window 7, 1 x full" in out
@@ -44,6 +46,7 @@ def test_a_folder_is_described_without_its_weights(tmp_path, capsys):
 def test_a_run_is_described_from_its_checkpoint(finished):
     found = info(finished.folder)
     loaded = api.load(finished.folder)
+    assert found["weights"] == {"changes": "none"}
     assert found["parameters"] == tree.count(loaded.params) and found["steps"] == loaded.step
     assert found["tokenizer"]["ids"] == loaded.tokenizer.vocab and found["tokenizer"]["bos"].endswith("<bos>")
 

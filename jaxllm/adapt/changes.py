@@ -35,6 +35,11 @@ class Change:
         if sum(map(bool, vars(self).values())) != 1:
             raise ValueError(f"a change is one of {', '.join(vars(self))}")
 
+    def __str__(self) -> str:
+        """Its name, with the number formats that it brings: `quantize int8`."""
+        name, value = next((name, value) for name, value in vars(self).items() if value)
+        return " ".join([name, *dict.fromkeys(rule.format for rule in getattr(value, "rules", ()))])
+
     def plan(self, model: Model) -> Plan:
         """What it does to each weight of `model`. Raises SettingsError where it does not fit the model."""
         if self.quantize is not None:

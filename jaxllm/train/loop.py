@@ -124,8 +124,7 @@ class Trainer:
             self.show.say(f"{self.folder.path} has no checkpoint yet: starting at step 0")
         self.checkpoints.check_space(self.abstract)
         for one in self.origin.before:
-            kind = ", ".join(name for name, value in vars(one).items() if value)
-            self.show.say(f"{self.origin.init} comes with a change of its weights, which stays: {kind}")
+            self.show.say(f"{self.origin.init} comes with a change of its weights, which stays: {one}")
         key, params = jax.random.key(self.config.train.seed), None
         if self.config.train.init is not None or self.origin.changes:
             params = first_weights(self.origin, self.plain_model(self.stages[0]), self.tokenizer, key)
