@@ -1,5 +1,9 @@
 """Tiny models and batches that many tests share."""
 
+import json
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +124,19 @@ def bit_equal(a, b) -> bool:
     """Whether two trees have the same structure and the same bits."""
     same = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
     return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(same))
+
+
+def check_golden(path: Path, kind: str, losses: list[float]) -> None:
+    """Losses as recorded; rounding differs between versions and grows, hence the growing tolerance.
+
+    After an intended change: `JAXLLM_GOLDEN=write pytest THE_TEST`, and look at the difference.
+    """
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if os.environ.get("JAXLLM_GOLDEN") == "write":
+        path.write_text(json.dumps(stored | {"jax": jax.__version__, kind: losses}, indent=1) + "\n")
+        return
+    for i, (loss, expected) in enumerate(zip(losses, stored[kind], strict=True)):
+        assert abs(loss - expected) < 1e-5 * (1 + i) * expected, f"step {i}: {loss} and not {expected}"
 
 
 def arrays(jaxpr):

@@ -15,6 +15,12 @@ def add_bench(verbs):
     verb.add_argument("--steps", type=int, help="timed steps (default: as the workload says)")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
 
+    help = "time of a training step, full, with LoRA and with QLoRA"
+    verb = new_verb(verbs, "adapt", help, bench_adapt, "bench adapt")
+    verb.set_defaults(launch=logging.INFO)
+    verb.add_argument("--steps", type=int, default=10, help="timed steps of each (default 10)")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
     verb = new_verb(verbs, "generate", "tokens/s of prefill and of decoding", bench_generate, "bench generate")
     verb.set_defaults(launch=logging.INFO)
     verb.add_argument("models", nargs="+", metavar="MODEL", help="run folder, Hugging Face folder or .gguf file")
@@ -27,6 +33,12 @@ def add_bench(verbs):
     verb.add_argument("model", metavar="MODEL_DIR", help="Hugging Face folder or .gguf file")
     verb.add_argument("--dtype", default="float32", help="of the weights (default float32)")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def bench_adapt(args) -> None:
+    from jaxllm.bench_adapt import bench_adapt
+
+    bench_adapt(steps=args.steps, json=args.json)
 
 
 def bench_load(args) -> None:

@@ -22,6 +22,7 @@ EXAMPLES = {
     "runs compare": "jaxllm runs compare runs/demo runs/demo-2",
     "demo": "jaxllm demo --minutes 2",
     "bench train": "jaxllm bench train --workloads W1 W2",
+    "bench adapt": "jaxllm bench adapt --steps 20",
     "bench generate": "jaxllm bench generate models/gemma-3-270m --batches 1 8",
     "bench load": "jaxllm bench load models/gemma-3-270m",
     "info": "jaxllm info models/gemma-3-270m",

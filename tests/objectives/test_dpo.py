@@ -1,15 +1,19 @@
 """Direct preference optimisation against a float64 reference of its loss and gradient."""
 
 import dataclasses
+import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from jaxllm.objectives.dpo import DpoConfig, by_pair, dpo
 from jaxllm.objectives.logprobs import token_logprobs
+from jaxllm.train.step import make_state, make_train_step
 
 SEGMENTS = np.array([[1] * 5 + [2] * 4 + [3] * 2 + [4] * 3 + [0] * 2, [1] * 8 + [2] * 8], np.int32)
 
@@ -84,3 +88,18 @@ def test_segments_that_hold_no_pair_count_for_nothing():
     chosen, rejected = by_pair(jnp.arange(1.0, 33).reshape(2, 16), jnp.asarray(SEGMENTS))
     assert chosen[0, :3].tolist() == [15, 21, 0] and rejected[0, :3].tolist() == [30, 39, 0]
     assert (chosen[1, 0], rejected[1, 0]) == (164, 228) and chosen.shape == (2, 8)
+
+
+@pytest.mark.fast
+def test_the_loss_follows_the_golden_curve(model, batch):
+    """From log 2 on: the reference is the model that the steps start from."""
+    params, config = tiny.weights(model), DpoConfig(beta=0.3)
+    same = dataclasses.replace(batch, reference_BT=jax.jit(lambda p: token_logprobs(model, p, batch))(params))
+    tx, losses = optax.adam(1e-3), []
+    state = make_state(model, tx, jax.random.key(0), params=params)
+    step = make_train_step(model, functools.partial(dpo, config=config), tx)
+    for _ in range(12):
+        state, metrics = step(state, same)
+        losses.append(float(metrics["loss"]))
+    assert abs(losses[0] - np.log(2)) < 1e-6 and losses[-1] < 0.5 * losses[0]
+    tiny.check_golden(Path(__file__).parent / "golden.json", "dpo", losses)

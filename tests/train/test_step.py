@@ -1,8 +1,6 @@
 """The training step: what moves, what stays bit for bit, what is counted; and the golden loss curves."""
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 
 import jax
@@ -49,22 +47,13 @@ def stream(step: int):
 
 @pytest.mark.fast
 def test_the_loss_follows_the_golden_curve(trainer):
-    """Losses of 20 steps as recorded; rounding differs between versions and grows, hence the growing tolerance.
-
-    After an intended change: `JAXLLM_GOLDEN=write pytest tests/train/test_step.py`, and look at the difference.
-    """
     kind, _, new, step = trainer
     state, losses = new(), []
     for i in range(20):
         state, metrics = step(state, stream(i))
         losses.append(float(metrics["loss"]))
-    stored = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    if os.environ.get("JAXLLM_GOLDEN") == "write":
-        GOLDEN.write_text(json.dumps(stored | {"jax": jax.__version__, kind: losses}, indent=1) + "\n")
-        return
     assert losses[-1] < 0.7 * losses[0]
-    for i, (loss, expected) in enumerate(zip(losses, stored[kind], strict=True)):
-        assert abs(loss - expected) < 1e-5 * (1 + i) * expected, f"step {i}: {loss} and not {expected}"
+    tiny.check_golden(GOLDEN, kind, losses)
 
 
 def test_a_step_donates_its_state_and_averages_its_weights(trainer):

@@ -1,12 +1,10 @@
-"""Time of a training step, full, with LoRA and with QLoRA, on workload W1 of `jaxllm bench train`.
+"""`jaxllm bench adapt`: time of a training step, full, with LoRA and with QLoRA, on workload W1 of `bench train`.
 
-    python scripts/lora_speed.py [--steps 10]
-
-The three take steps in turn, in one process, so that what else the machine does reaches all of them; ratios are of
-steps next to each other. Exits with 1 where LoRA is slower than full fine-tuning, or QLoRA more than 1.35 times LoRA.
+The three take steps in turn, in one process, so that what else the machine does reaches all of them; ratios are medians
+over steps next to each other.
 """
 
-import argparse
+import json as json_format
 import statistics
 import time
 
@@ -49,21 +47,18 @@ def runner(changes, steps: int):
     return run
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each (default 10)")
-    steps = parser.parse_args().steps
+def bench_adapt(*, steps: int = 10, json: bool = False) -> dict[str, float]:
+    """Prints (with `json` as JSON) and returns milliseconds a step, and the ratios that have a bar."""
     runs = {name: runner(changes, steps) for name, changes in WAYS.items()}
     seconds = [{name: run() for name, run in runs.items()} for _ in range(steps + WARMUP)][WARMUP:]
+    found = {f"{name} ms": statistics.median(row[name] for row in seconds) * 1e3 for name in WAYS}
+    ratios = {pair: statistics.median(row[pair[0]] / row[pair[1]] for row in seconds) for pair in BARS}
+    found |= {f"{one} / {other}": ratio for (one, other), ratio in ratios.items()}
+    if json:
+        print(json_format.dumps(found))
+        return found
     for name in WAYS:
-        print(f"{name:6} {statistics.median(row[name] for row in seconds) * 1e3:8.0f} ms")
-    failed = 0
-    for (one, other), bar in BARS.items():
-        ratio = statistics.median(row[one] / row[other] for row in seconds)
-        failed |= ratio > bar
-        print(f"{one} takes {ratio:.2f} times {other} (at most {bar})")
-    return int(failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        print(f"{name:6} {found[f'{name} ms']:8.0f} ms")
+    for (one, other), ratio in ratios.items():
+        print(f"{one} takes {ratio:.2f} times {other} (goal: at most {BARS[one, other]})")
+    return found
