@@ -19,6 +19,7 @@ from jaxllm.model.change import changed
 FORMATS = {
     "int8 per channel": ({"format": "int8"}, None),
     "int8 per channel, int8 activations (w8a8)": ({"format": "int8"}, "int8"),
+    "int8 per channel, int8 activations, AWQ": ({"format": "int8", "method": "awq"}, "int8"),
     "fp8 (e4m3)": ({"format": "fp8"}, None),
     "int4, groups of 128": ({"format": "int4", "group": 128}, None),
     "int4, groups of 64": ({"format": "int4", "group": 64}, None),

@@ -227,6 +227,11 @@ class RunConfig:
             raise ValueError("distill has an objective of its own and would ignore dpo, train.z_loss and train.neftune")
         if self.dpo is not None:
             _check_dpo_experts(self.model)
+        if self.dpo is not None and self.data.truncate == "left":
+            raise ValueError(
+                "dpo: data.truncate=left would be ignored: a pair that is longer than a row is left out whole; set "
+                "drop, or error"
+            )
         if self.dpo is not None and self.train.stages:
             raise ValueError("dpo: the reference is computed once, for rows of one length; set train.steps, not stages")
         if self.dpo is not None and (self.train.init is None or self.train.z_loss or self.train.neftune):

@@ -106,6 +106,7 @@ def test_what_cannot_be_is_refused(run, corpus, finished, tmp_path):
     for overrides, message in [
         (["train.neftune=5"], "would ignore z_loss and neftune"),
         (["dpo.beta=0"], "must be above 0"),
+        (["data.truncate=left"], "a pair that is longer than a row is left out whole"),
         ([f"data.sources=[{{name: a, path: '{corpus}/code-*.txt'}}]"], "has format=auto, and the run wants pairs"),
     ]:
         with pytest.raises(SettingsError, match=message):
