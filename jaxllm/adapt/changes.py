@@ -66,7 +66,7 @@ def trainable(pattern: str | None, changes: Changes) -> str:
         return pattern
     adapted = False
     for one in changes:
-        adapted = one.lora is not None or (adapted and one.quantize is not None)
+        adapted = one.lora is not None or (adapted and (one.quantize or one.prune) is not None)
     return TRAINABLE if adapted else "**"
 
 

@@ -150,7 +150,8 @@ def rules_by_path(model: Model, config: QuantizeConfig) -> dict[str, QuantizeRul
             raise SettingsError(f"{path} has an adapter; merge it first (jaxllm merge), then quantise")
         if isinstance(weights[path], Pruned):
             raise SettingsError(
-                f"{path} is pruned; make it plain first (jaxllm merge): rounding to nearest leaves zeros as they are"
+                f"{path} is pruned; make it plain first (jaxllm merge): rounding to nearest leaves zeros as they are, "
+                "in all formats but int2"
             )
     return rules
 

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 
-from jaxllm.cli.common import new_verb, published_options, refuse_ignored
+from jaxllm.cli.common import given, new_verb, published_options, refuse_ignored
 from jaxllm.errors import UserError
 
 
@@ -30,7 +30,7 @@ def add_quantize(verbs):
     text = verb.add_argument_group("calibration")
     text.add_argument("--method", choices=("nearest", "gptq", "awq"), default="nearest", help="default nearest")
     text.add_argument("--calibrate", nargs="+", metavar="FILE", help="text that gptq and awq go by")
-    text.add_argument("--tokens", type=int, default=32_768, help="so many tokens of it (default 32,768)")
+    text.add_argument("--tokens", type=int, help="so many tokens of it (default 32,768)")
     text.add_argument("--ordered", action="store_true", help="gptq: inputs of large activations first (act_order)")
     text = verb.add_argument_group("report")
     text.add_argument("--eval", nargs="+", metavar="FILE", help="text to measure the loss of quality on")
@@ -56,7 +56,7 @@ def quantize(args) -> None:
     if config is None:
         smaller, errors, config = _stored(loaded, args.checkpoint)
     else:
-        smaller, errors = api.quantize(loaded, config, args.calibrate, tokens=args.tokens, say=say)
+        smaller, errors = api.quantize(loaded, config, args.calibrate, say=say, **given(args, ["tokens"]))
     quality = api.compare(loaded, smaller, args.eval, seq_len=args.seq_len) if args.eval else None
     sizes = tree.nbytes(loaded.params), tree.nbytes(smaller.params)
     found = report.report(to_dict(config), sizes, errors, quality)
@@ -96,10 +96,16 @@ def _settings(args):
 
 
 def _rule(text: str, how: dict) -> dict:
+    from jaxllm.weights.formats import FORMATS
+
     pattern, equals, rest = text.rpartition("=")
     kind, colon, group = rest.rpartition(":")
     if not (colon and group.isdigit()):
         kind, group = rest, None
+    if rest.partition(":")[0] in FORMATS and kind not in FORMATS:
+        raise UserError(
+            f"--rule {text!r}: {rest.partition(':')[2]!r} is no number of inputs; write PATTERN=FORMAT:GROUP"
+        )
     if not equals or not pattern or not kind:
         raise UserError(f"--rule {text!r}: write it as PATTERN=FORMAT or PATTERN=FORMAT:GROUP, such as '**/down=int8'")
     table = pattern in ("embed", "head") or kind == "float"
@@ -107,15 +113,15 @@ def _rule(text: str, how: dict) -> dict:
 
 
 #: What says how `--format` is to be taken.
-OF_FORMAT = ("group", "double", "pattern", "tables", "rule", "activations", "calibrate", "ordered")
+OF_FORMAT = ("group", "double", "pattern", "tables", "rule", "activations", "calibrate", "tokens", "ordered")
 
 
 def _refuse(args, config) -> None:
     refuse_ignored("without --eval nothing is measured", ["seq_len"] * bool(args.seq_len and not args.eval))
     if config is None:
-        given = [name for name in OF_FORMAT if getattr(args, name)] + ["method"] * (args.method != "nearest")
-        return refuse_ignored("without --format the weights are stored as they were trained (qat)", given)
+        ignored = [name for name in OF_FORMAT if getattr(args, name)] + ["method"] * (args.method != "nearest")
+        return refuse_ignored("without --format the weights are stored as they were trained (qat)", ignored)
     if config.calibrated and not args.calibrate:
         raise UserError(f"--method {args.method} needs text to go by: --calibrate FILE")
     if not config.calibrated:
-        refuse_ignored("--method nearest goes by the weights alone", ["calibrate"] * bool(args.calibrate))
+        refuse_ignored("--method nearest goes by the weights alone", given(args, ["calibrate", "tokens"]))

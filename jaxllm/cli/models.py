@@ -128,7 +128,8 @@ def export(args) -> None:
 
     loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key)
     family = api.export(loaded, args.out, to=args.to, dtype=args.dtype)
-    print(f"{args.out}: {'an adapter of ' * (args.to == 'peft')}a {family} model in {args.dtype}")
+    kept = " and the codes that it has" * any(change.quantize or change.store for change in loaded.changes)
+    print(f"{args.out}: {'an adapter of ' * (args.to == 'peft')}a {family} model in {args.dtype}{kept}")
 
 
 def add_parity(verbs):

@@ -19,7 +19,7 @@ from jaxllm import tree
 from jaxllm.data.batch import TokenBatch
 from jaxllm.data.pack import Row, Rows
 from jaxllm.data.store import TokenStore
-from jaxllm.errors import DataError
+from jaxllm.errors import DataError, SettingsError
 from jaxllm.model.build import Model, Params
 from jaxllm.weights import seam
 from jaxllm.weights.form import Form
@@ -123,6 +123,12 @@ class Flow:
 
         weights = tree.map_with_path(wrap, weights, is_leaf=_is_weight)
         return self.model.layer(group, slot, weights, x_BTD, **at), found
+
+
+def check_single_process() -> None:
+    """Raises SettingsError where several processes hold the model."""
+    if jax.process_count() > 1:
+        raise SettingsError(f"calibration runs in one process, not in {jax.process_count()}; start a single one")
 
 
 def layer_of(params: Params, where: Where) -> Params:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxllm import tree
 from jaxllm.adapt.prune import Prune, PruneConfig, prune_plan
-from jaxllm.compress.calibrate import Flow, joined, layer_of
+from jaxllm.compress.calibrate import Flow, check_single_process, joined, layer_of
 from jaxllm.data.batch import TokenBatch
 from jaxllm.errors import SettingsError
 from jaxllm.model.build import Model, Params
@@ -42,12 +42,6 @@ def prune(
     return after, new, {path: _errors(old[path], w, model.weights[path][0][0]) for path, w in chosen.items()}
 
 
-def check_single_process() -> None:
-    """Raises SettingsError where several processes hold the model."""
-    if jax.process_count() > 1:
-        raise SettingsError(f"calibration runs in one process, not in {jax.process_count()}; start a single one")
-
-
 def widest(model: Model) -> int:
     """Inputs of the widest matrix: with fewer tokens of text some of them would be judged by next to nothing."""
     return max(form.inputs for form in forms(model).values() if form is not None)
@@ -61,7 +55,11 @@ def counts(params: Params) -> tuple[int, int]:
 
 @jax.jit
 def _nonzeros(weight):
-    return jnp.count_nonzero(weight.dense(jnp.float32) if hasattr(weight, "dense") else weight)
+    if not hasattr(weight, "dense"):
+        return jnp.count_nonzero(weight)
+    stacked = hasattr(weight, "form") and len(weight.shape) > len(weight.form.shape)
+    values = lambda w: w.dense(jnp.float32)  # noqa: E731
+    return jnp.count_nonzero((jax.vmap(values) if stacked else values)(weight))
 
 
 def _by_text(model: Model, params: Params, config: PruneConfig, batches, say) -> Params:

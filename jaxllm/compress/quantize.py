@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxllm import tree
 from jaxllm.adapt.quantize import QuantizeConfig, RoundToNearest, quantize_plan, rules_by_path
 from jaxllm.compress.awq import rescale
-from jaxllm.compress.calibrate import Flow, Where, joined, layer_of
+from jaxllm.compress.calibrate import Flow, Where, check_single_process, joined, layer_of
 from jaxllm.compress.gptq import gptq
 from jaxllm.data.batch import TokenBatch
 from jaxllm.errors import SettingsError
@@ -33,8 +33,7 @@ def quantize_calibrated(
     Raises SettingsError for tables by another method than nearest, weights that are not plain arrays, and a model
     that several processes hold.
     """
-    if jax.process_count() > 1:
-        raise SettingsError(f"calibration runs in one process, not in {jax.process_count()}; start a single one")
+    check_single_process()
     steps = _steps(model, config)
     layers, errors = [], {}
     flow = Flow(model, params, batches)
@@ -65,7 +64,7 @@ def errors_of(before: Params, after: Params) -> Errors:
     """The errors of all quantised weights, where nothing else was done to them than rounding."""
     old, found = weights_of(before), {}
     for path, weight in weights_of(after).items():
-        if isinstance(weight, Quantized):
+        if isinstance(weight, Quantized) and not isinstance(old[path], Quantized):
             layers = range(weight.shape[0]) if len(weight.shape) > len(weight.form.shape) else [None]
             first = old[path].float if isinstance(old[path], Rounded) else old[path]
             pairs = (jax.tree.map(lambda x, i=i: x if i is None else x[i], (first, weight)) for i in layers)

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from jaxllm import tree
-from jaxllm.compress.calibrate import Flow, joined, layer_of
+from jaxllm.compress.calibrate import Flow, check_single_process, joined, layer_of
 from jaxllm.compress.importance import Importance, influence
-from jaxllm.compress.prune import ByLayer, check_single_process
+from jaxllm.compress.prune import ByLayer
 from jaxllm.compress.slices import StructuredConfig, check, choose, cut, sizes, smaller
 from jaxllm.data.batch import TokenBatch
 from jaxllm.errors import SettingsError

@@ -57,6 +57,10 @@ def _matrix(tensors: Tensors, name: str) -> Coded:
     groups = inputs // block
     nested = "nested_blocksize" in state
     weight, scale = tensors[name], tensors[name + ".absmax"]
+    if weight.dtype != np.uint8 and weight.dtype.kind in "fV":
+        raise SettingsError(
+            f"tensor {name} keeps its codes as {weight.dtype.name} (bnb_4bit_quant_storage); read are those in uint8"
+        )
     if math.prod(weight.shape) * 2 != outputs * inputs or weight.dtype != np.uint8:
         raise DataError(
             f"tensor {name} is {weight.dtype.name}{list(weight.shape)}, and two codes a byte of {outputs} x {inputs} "

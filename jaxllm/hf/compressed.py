@@ -30,13 +30,14 @@ def read_compressed(tensors: Tensors, settings: dict) -> dict[str, Any]:
     """
     groups = _groups(tensors, settings)
     activations, bits = _activations(tensors, groups), {group["weights"].get("num_bits", 8) for group in groups}
+    blocks = {tuple(shape) for group in groups if (shape := group["weights"].get("block_structure"))}
     out: dict[str, Any] = {}
     for name in tensors:
         module, _, part = name.rpartition(".")
         if f"{module}.weight_scale" not in tensors or part not in (*PARTS, "weight"):
             out[name] = tensors[name]
         elif part in ("weight", "weight_packed"):
-            out[f"{module}.weight"] = _matrix(tensors, module, bits, activations)
+            out[f"{module}.weight"] = _matrix(tensors, module, bits, activations, blocks)
     return out
 
 
@@ -79,11 +80,11 @@ def _activations(tensors: Tensors, groups: list[dict]) -> str | None:
     return kinds.pop() if kinds else None
 
 
-def _matrix(tensors: Tensors, module: str, bits: set[int], activations: str | None) -> Coded:
+def _matrix(tensors: Tensors, module: str, bits: set[int], activations: str | None, blocks: set[tuple]) -> Coded:
     packed = f"{module}.weight_packed" in tensors
     weight, scale = tensors[f"{module}.{'weight_packed' if packed else 'weight'}"], tensors[f"{module}.weight_scale"]
     kind, outputs, inputs = _packed(tensors, module, weight) if packed else _plain(module, weight, bits)
-    rows, groups = _blocks(module, scale, outputs, inputs)
+    rows, groups = _blocks(module, scale, outputs, inputs, blocks)
     zero, order = _zero(tensors, module, packed, kind, (outputs, groups)), _order(tensors, module, inputs, groups)
     if zero is not None and activations:
         raise SettingsError(f"{module} has zero points and 8-bit activations; here the latter need symmetric weights")
@@ -135,11 +136,15 @@ def _plain(module: str, weight: Entry, bits: set[int]) -> tuple[str, int, int]:
     return "int4" if bits == {4} else "int8", *weight.shape
 
 
-def _blocks(module: str, scale: Entry, outputs: int, inputs: int) -> tuple[int, int]:
-    """`(rows that share a scale, groups of columns)`"""
+def _blocks(module: str, scale: Entry, outputs: int, inputs: int, blocks: set[tuple]) -> tuple[int, int]:
+    """`(rows that share a scale, groups of columns)`: each row has its own, or all share one, or blocks do."""
     found, columns = scale.shape if len(scale.shape) == 2 else (math.prod(scale.shape), 1)
-    rows = math.ceil(outputs / max(found, 1))
-    fits = columns and inputs % columns == 0 and math.ceil(outputs / rows) == found
+    rows = {1: outputs, outputs: 1}.get(found)
+    fits = bool(columns) and inputs % columns == 0
+    if rows is None and len(blocks) == 1:  # the last block of rows may be a part of one
+        rows, width = next(iter(blocks))
+        fits = fits and math.ceil(outputs / rows) == found and inputs == width * columns
+    fits = fits and rows is not None
     if scale.dtype.name not in FLOATS.split() or not fits:
         raise DataError(
             f"tensor {module}.weight_scale is {scale.dtype.name}{list(scale.shape)}, which does not divide {outputs} x "

@@ -94,6 +94,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard:
     files: list[dict[str, int]] = []
     for held in _shards(tensors, shard):
         safetensors.numpy.save_file(held, folder / f"{len(files)}.part", metadata={"format": "pt"})
+        (folder / f"{len(files)}.part").chmod(0o644)  # the library lets nobody else read it
         files.append({name: value.nbytes for name, value in held.items()})
     if len(files) == 1:
         (folder / "0.part").rename(folder / SINGLE)

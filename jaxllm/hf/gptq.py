@@ -72,7 +72,7 @@ def _gptq(tensors: Tensors, module: str, bits: int, less_one: bool, ordered: boo
     order = None if np.array_equal(by_group, np.arange(inputs)) else by_group
 
     def zero() -> np.ndarray:
-        stored_GO = unpack(zeros.map(), bits)
+        stored_GO = unpack(zeros.map(), bits)[:, :outputs]
         return signed((stored_GO + np.uint8(less_one)) & (2**bits - 1), bits).T
 
     symmetric = not zero().any()

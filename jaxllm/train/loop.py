@@ -315,8 +315,8 @@ class Trainer:
         if meta["data"] != self.fingerprint:
             raise CheckpointError(
                 f"the data of {self.folder.path} has changed since its checkpoints (fingerprint "
-                f"{self.fingerprint[:12]}, theirs {meta['data'][:12]}); restore the files, "
-                "or start a new run with train.init set to this one"
+                f"{self.fingerprint[:12]}, theirs {meta['data'][:12]}); restore the files "
+                "(and the teacher, where it answered prompts), or start a new run with train.init set to this one"
             )
 
     def first_step(self, index: int) -> int:

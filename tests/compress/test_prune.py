@@ -8,6 +8,7 @@ import tiny
 
 from jaxllm import tree
 from jaxllm.adapt.changes import Change, after, trainable
+from jaxllm.adapt.lora import LoraConfig
 from jaxllm.adapt.prune import PruneConfig, prune_plan
 from jaxllm.compress.calibrate import Flow, layer_of
 from jaxllm.compress.prune import counts, prune, widest
@@ -146,6 +147,11 @@ def test_adapters_over_pruned_weights_train_alone_and_merge(half):
     merged, plain = changed(adapted, merge.plan(adapted)), change(adapted, merge.plan(adapted), new)
     run = [jax.jit(m.logits)(p, TEXT.tokens_BT, **tiny.where(TEXT)) for m, p in ((adapted, new), (merged, plain))]
     assert tiny.relative(*run) < 1e-5
+
+
+def test_what_comes_after_an_adapter_leaves_it_what_trains(half):
+    lora, one = Change(lora=LoraConfig(rank=2)), Change(prune=PruneConfig(sparsity=0.5))
+    assert trainable(None, (lora, one)) == trainable(None, (lora,)) != trainable(None, (one,)) == "**"
 
 
 def test_zeros_are_left_by_rounding_to_nearest(half):

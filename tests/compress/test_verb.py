@@ -11,7 +11,9 @@ import tiny
 import jaxllm
 from jaxllm import api, cli, tree
 from jaxllm.adapt.changes import Change
+from jaxllm.adapt.prune import PruneConfig
 from jaxllm.adapt.quantize import QuantizeConfig, QuantizeRule
+from jaxllm.compress.prune import counts
 from jaxllm.config import parse
 from jaxllm.sharding import ParallelConfig
 from jaxllm.weights.quantized import Quantized
@@ -79,6 +81,20 @@ def test_gptq_by_rules_with_its_report(verb, texts, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_one_part_after_the_other(alone):
+    """Codes beside codes and zeros; each report is of what was done, and all weights are counted."""
+    rule = lambda pattern: QuantizeConfig(rules=(QuantizeRule(pattern=pattern, format="int8"),))  # noqa: E731
+    mlp, _ = api.quantize(alone, rule("layers/**/mlp/**"))
+    both, errors = api.quantize(mlp, rule("embed"))
+    assert list(errors) == ["embed"]
+    pruned, found = api.prune(both, PruneConfig(sparsity=0.5, pattern="layers/**/attn/**"))
+    total, left = counts(pruned.params)
+    assert all("/attn/" in path for path in found["errors"]) and total == counts(alone.params)[0]
+    halves = sum(leaf.size for path, leaf in tree.flatten(alone.params).items() if path in found["errors"]) // 2
+    assert 0.98 * halves < total - left < 1.02 * halves + 0.02 * total
+
+
 def test_a_quantised_model_generates_what_its_values_do(alone):
     config = QuantizeConfig(rules=(QuantizeRule(pattern="**", format="int4", group=8),))
     smaller, _ = api.quantize(alone, config)
