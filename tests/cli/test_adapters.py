@@ -1,5 +1,7 @@
 """Adapters from the command line: written alone, laid over a model, merged, and what is refused."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def adapted(finished, tmp_path_factory):
         noise = 0.3 * rng.standard_normal(leaf.shape, np.float32)
         return jax.device_put(noise, leaf.sharding) if tree.matches(TRAINABLE, path) else leaf
 
-    ones = [api.dataclasses.replace(loaded, params=tree.map_with_path(draw, loaded.params)) for _ in range(2)]
+    ones = [dataclasses.replace(loaded, params=tree.map_with_path(draw, loaded.params)) for _ in range(2)]
     api.save(ones[0], folder / "model")
     assert cli.main(["export", str(folder / "model"), "--to", "peft", "--out", str(folder / "0")]) == 0
     api.export(ones[1], folder / "1", to="peft")
