@@ -10,6 +10,7 @@ import tiny
 from jaxllm import api, cli, tree
 from jaxllm.adapt.changes import Change
 from jaxllm.adapt.lora import TRAINABLE, LoraConfig
+from jaxllm.adapt.quantize import QuantizeConfig, QuantizeRule
 from jaxllm.checkpoint import load as load_arrays
 from jaxllm.errors import SettingsError
 
@@ -79,6 +80,6 @@ def test_what_does_not_fit_is_said(adapted, finished, tmp_path, capsys):
         assert cli.main(words) == 2, words
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    quantised = api.load(run).change(api.Change(quantize=api.QuantizeConfig(rules=[{"format": "int8"}])))
-    with pytest.raises(SettingsError, match="is stored as int8, which to=gguf does not write"):
+    quantised = api.load(run).change(Change(quantize=QuantizeConfig(rules=(QuantizeRule(format="nf4", group=16),))))
+    with pytest.raises(SettingsError, match="nf4.*jaxllm merge"):
         api.export(quantised, out, to="gguf")

@@ -144,6 +144,7 @@ def trained_for_int4(finished, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_trained_for_a_format_is_stored_in_it(verb, trained_for_int4, finished, tmp_path):
     """Codes, scales and zeros are those of the floats quantised, to the last bit; errors are those of the floats."""
     code, out, said = verb("--out", "stored", "--json", model=trained_for_int4)
