@@ -64,6 +64,7 @@ def stored(fp4, finished, here, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_a_model_whose_format_is_not_found_says_how_it_would_be(stored, monkeypatch, capsys):
     found = json.loads(stored("--json"))
     assert found["compression"] > 4 and found["settings"]["rules"][0]["format"] == "fp4:FP4"

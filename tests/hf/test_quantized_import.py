@@ -115,6 +115,7 @@ def test_devices_and_a_padded_vocabulary_change_no_code(tmp_path):
         assert all(np.array_equal(a, np.asarray(b)[:97] if path in ("head", "embed") else b) for a, b in pairs), path
 
 
+@pytest.mark.slow
 def test_every_verb_takes_what_was_loaded(tmp_path):
     layouts.write(tmp_path / "q", "gptq ordered", vocab_size=320)
     Tokenizer.train(["the quick brown fox jumps over the lazy dog 0123456789 " * 40], 310).to_hf(tmp_path / "q")
