@@ -10,31 +10,13 @@ from jaxllm.evals.run import run_task
 from jaxllm.evals.tasks import prompts, read_task
 from jaxllm.generate.decode import power_of_two
 from jaxllm.generate.text import Prompt, TextGeneration, TextStream, beam_text, generate_text, stream_text
-from jaxllm.loaded import Loaded, export, gather, load, load_adapter, save, save_adapter, stores_of
+from jaxllm.loaded import Loaded, export, gather, load, load_adapter, save, save_adapter, stores_of  # noqa: F401
 from jaxllm.model.build import check_tokens
-from jaxllm.smaller import compare, prune, quantize
+from jaxllm.smaller import compare, prune, quantize  # noqa: F401
 from jaxllm.train import loop
 from jaxllm.train.config import RunConfig
 from jaxllm.train.evaluate import Evaluator
 from jaxllm.train.load import load_run
-
-__all__ = [
-    "Loaded",
-    "compare",
-    "evaluate",
-    "evaluate_tasks",
-    "export",
-    "gather",
-    "generate",
-    "load",
-    "load_adapter",
-    "prune",
-    "quantize",
-    "save",
-    "save_adapter",
-    "stream",
-    "train",
-]
 
 
 def train(config: RunConfig | dict | str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> loop.Result:

@@ -32,10 +32,7 @@ def add_quantize(verbs):
     text.add_argument("--calibrate", nargs="+", metavar="FILE", help="text that gptq and awq go by")
     text.add_argument("--tokens", type=int, help="so many tokens of it (default 32,768)")
     text.add_argument("--ordered", action="store_true", help="gptq: inputs of large activations first (act_order)")
-    text = verb.add_argument_group("report")
-    text.add_argument("--eval", nargs="+", metavar="FILE", help="text to measure the loss of quality on")
-    text.add_argument("--seq-len", type=int, help="tokens that a prediction can see (default: the model's context)")
-    text.add_argument("--json", action="store_true", help="print the report as JSON")
+    report_options(verb)
     verb.add_argument("--ema", action="store_true", help="quantise the averaged weights")
     published_options(verb)
 
@@ -43,23 +40,41 @@ def add_quantize(verbs):
 def quantize(args) -> None:
     config = _settings(args) if args.format else None
     _refuse(args, config)
-    from pathlib import Path
-
-    from jaxllm import api, tree
+    from jaxllm import api
     from jaxllm.checkpoint.models import check_new
-    from jaxllm.compress import report
-    from jaxllm.config import to_dict
 
     check_new(args.out)
     loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key)
-    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
     if config is None:
         smaller, errors, config = _stored(loaded, args.checkpoint)
     else:
         smaller, errors = api.quantize(loaded, config, args.calibrate, say=say, **given(args, ["tokens"]))
+    save_with_report(args, loaded, smaller, config, errors)
+
+
+def report_options(verb) -> None:
+    text = verb.add_argument_group("report")
+    text.add_argument("--eval", nargs="+", metavar="FILE", help="text to measure the loss of quality on")
+    text.add_argument("--seq-len", type=int, help="tokens that a prediction can see (default: the model's context)")
+    text.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def say(text: str) -> None:
+    """Progress, beside what the verb prints."""
+    print(text, file=sys.stderr)
+
+
+def save_with_report(args, loaded, smaller, config, errors, **more) -> None:
+    """Writes the model and a report of what it cost into --out, and prints that; `more`: see `report.report`."""
+    from pathlib import Path
+
+    from jaxllm import api, tree
+    from jaxllm.compress import report
+    from jaxllm.config import to_dict
+
     quality = api.compare(loaded, smaller, args.eval, seq_len=args.seq_len) if args.eval else None
     sizes = tree.nbytes(loaded.params), tree.nbytes(smaller.params)
-    found = report.report(to_dict(config), sizes, errors, quality)
+    found = report.report(to_dict(config), sizes, errors, quality, **more)
     api.save(smaller, args.out)
     report.write(found, Path(args.out))
     print(json.dumps(found) if args.json else f"{report.show(found)}\n\nwritten to {args.out}")

@@ -1,10 +1,9 @@
 """The verb that takes weights out of a model."""
 
-import json
 import logging
-import sys
 
 from jaxllm.cli.common import given, new_verb, published_options, refuse_ignored
+from jaxllm.cli.compress import report_options, save_with_report, say
 from jaxllm.errors import UserError
 
 ZEROS, PARTS = ("sparsity", "nm"), ("heads", "neurons", "experts", "layers")
@@ -28,36 +27,23 @@ def add_prune(verbs):
     text = verb.add_argument_group("calibration")
     text.add_argument("--calibrate", nargs="+", metavar="FILE", help="text that wanda and the smaller model go by")
     text.add_argument("--tokens", type=int, help="so many tokens of it (default 32,768)")
-    text = verb.add_argument_group("report")
-    text.add_argument("--eval", nargs="+", metavar="FILE", help="text to measure the loss of quality on")
-    text.add_argument("--seq-len", type=int, help="tokens that a prediction can see (default: the model's context)")
-    text.add_argument("--json", action="store_true", help="print the report as JSON")
+    report_options(verb)
     verb.add_argument("--ema", action="store_true", help="prune the averaged weights")
     published_options(verb)
 
 
 def prune(args) -> None:
     config = _settings(args)
-    from pathlib import Path
-
-    from jaxllm import api, tree
+    from jaxllm import api
     from jaxllm.checkpoint.models import check_new
-    from jaxllm.compress import report
     from jaxllm.compress.prune import counts
-    from jaxllm.config import to_dict
 
     check_new(args.out)
     loaded = api.load(args.checkpoint, ema=args.ema, ignore_keys=args.ignore_key)
-    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
     less, lost = api.prune(loaded, config, args.calibrate, say=say, **given(args, ["tokens"]))
-    quality = api.compare(loaded, less, args.eval, seq_len=args.seq_len) if args.eval else None
     (all_before, before), (all_after, after) = counts(loaded.params), counts(less.params)
     numbers = dict(parameters=dict(before=all_before, after=all_after), nonzeros=dict(before=before, after=after))
-    sizes = tree.nbytes(loaded.params), tree.nbytes(less.params)
-    found = report.report(to_dict(config), sizes, lost.pop("errors", {}), quality, **numbers, **lost)
-    api.save(less, args.out)
-    report.write(found, Path(args.out))
-    print(json.dumps(found) if args.json else f"{report.show(found)}\n\nwritten to {args.out}")
+    save_with_report(args, loaded, less, config, lost.pop("errors", {}), **numbers, **lost)
 
 
 def _settings(args):

@@ -270,3 +270,8 @@ def test_our_files_are_those_of_the_library(tmp_path):
     assert {name: entry.map().tobytes() for name, entry in read_header(folder / SINGLE).items()} == {
         name: x.tobytes() for name, x in safetensors.numpy.load_file(folder / SINGLE).items()
     }
+
+
+def test_others_may_read_what_is_written(tmp_path):
+    write_shards(tmp_path, {"a": np.zeros(2, np.float32)}.items(), 1 << 30)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o044 == 0o044

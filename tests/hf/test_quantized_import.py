@@ -15,9 +15,10 @@ from jaxllm.adapt.changes import Change
 from jaxllm.adapt.lora import LoraConfig
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DataError, SettingsError
-from jaxllm.hf import compressed
+from jaxllm.hf import compressed, gptq
 from jaxllm.hf.folder import open_folder
 from jaxllm.model.change import weights_of
+from jaxllm.parity.prove import Held
 from jaxllm.sharding import ParallelConfig, make_sharding
 from jaxllm.weights.formats import get_format
 from jaxllm.weights.quantized import Quantized
@@ -253,3 +254,12 @@ def test_rows_of_a_block_are_what_the_settings_say():
     for blocks in (set(), {(64, 128)}, {(128, 64)}):
         with pytest.raises(DataError, match="groups of one size"):
             compressed._blocks("kv", scale, 576, 512, blocks)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_points_fill_no_whole_words(symmetric):
+    """12 outputs of 4 bits take a word and a half: what pads the second is no zero point."""
+    m = layouts.matrix(np.random.default_rng(0), (12, 64), symmetric=symmetric)
+    coded = gptq._gptq(Held(layouts.gptq("m.weight", m)), "m", 4, True, False)
+    assert coded.shape == (12, 64) and coded.symmetric is symmetric
+    np.testing.assert_allclose(coded.map(), m.dense, rtol=1e-6)

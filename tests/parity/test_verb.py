@@ -7,6 +7,7 @@ import pytest
 
 from jaxllm import api, cli
 from jaxllm.parity import prove
+from jaxllm.parity.tensors import random_model
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -57,3 +58,12 @@ def test_what_it_cannot_do(exported, capsys):
     ):
         assert cli.main(words) == 2
         assert said in capsys.readouterr().err
+
+
+def test_another_implementation_that_is_far_off_is_no_witness():
+    """However far it misses the reference, it may miss ours by little."""
+    raw, ids, rng = random_model("llama3")[0], np.arange(12), np.random.default_rng(0)
+    right, wrong = (rng.standard_normal((12, raw["vocab_size"])) for _ in range(2))
+    ours, near, far = (lambda ids, start, x=x: x for x in (right, right * (1 + 1e-5), wrong))
+    assert all(row.holds for row in prove._beside("near", raw, ours, near, ours, ids))
+    assert not any(row.holds for row in prove._beside("far", raw, ours, far, ours, ids))
