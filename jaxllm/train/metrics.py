@@ -9,25 +9,7 @@ from pathlib import Path
 
 import jax
 
-#: Peak dense bf16 FLOP/s of one JAX device, by `device_kind`; the first pattern that matches counts.
-#: TPU: cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}, given there per chip. A chip of v4 and v5p is one
-#: device (megacore, the default; with megacore turned off MFU reads half of what it is). A chip of v2, v3 and TPU7x
-#: is two devices, so each has half.
-#: GPU: NVIDIA data sheets of A100, H100, H200, GH200 and B200 (HGX); those quote twice these figures, with sparsity.
-PEAKS = (
-    (r"^TPU v2$", 46e12 / 2),
-    (r"^TPU v3$", 123e12 / 2),
-    (r"^TPU v4$", 275e12),
-    (r"^TPU v5( lite|e)$", 197e12),
-    (r"^TPU v5p?$", 459e12),
-    (r"^TPU v6( lite|e)$", 918e12),
-    (r"^TPU7x$", 2307e12 / 2),
-    (r"\bA100\b", 312e12),
-    (r"\bH100 PCIe\b", 756e12),
-    (r"\b(H100|H200) NVL\b", 835e12),
-    (r"\b(H100|H200|GH200)\b", 989e12),
-    (r"\bB200\b", 2250e12),
-)
+from jaxllm.chips import PEAKS
 
 
 def peak_flops(device_kind: str) -> float | None:
