@@ -5,6 +5,7 @@ same code runs on one device and on thousands: a mesh axis of size 1 splits noth
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -67,6 +68,35 @@ class Sharding:
 
     mesh: Mesh
     rules: tuple[tuple[str, str | tuple[str, ...] | None], ...] = tuple(RULES.items())
+    manual: tuple[str, ...] = ()
+    """Mesh axes over which the code at hand sees the part of one device (within `jax.shard_map`)."""
+
+    def inside(self) -> "Sharding":
+        """For code that sees the rows of one device; only what splits weights within a row is left to the compiler."""
+        rows = names_of([dict(self.rules)["batch"], dict(self.rules)["seq"]])
+        others = any(n > 1 for axis, n in self.mesh.shape.items() if axis not in rows)
+        return dataclasses.replace(self, manual=rows if others else self.mesh.axis_names)
+
+    @property
+    def by_row(self) -> tuple[str, ...]:
+        """The mesh axes that split the rows of a batch, or each row."""
+        rows = names_of([dict(self.rules)["batch"], dict(self.rules)["seq"]])
+        return tuple(axis for axis in rows if self.mesh.shape[axis] > 1)
+
+    @property
+    def spread(self) -> int:
+        """The number of devices that the arrays at hand are spread over."""
+        return math.prod(n for axis, n in self.mesh.shape.items() if axis not in self.manual)
+
+    def rows_spec(self, ndim: int) -> PartitionSpec:
+        """The partition of an array `[B]` or `[B, T, ...]` of a batch."""
+        rules = dict(self.rules)
+        return PartitionSpec(rules["batch"], *([rules["seq"]] if ndim > 1 else []))
+
+    @property
+    def platform(self) -> str:
+        """`cpu`, `tpu` or `gpu`: what the mesh is made of, which may be absent from this machine."""
+        return self.mesh.devices.flat[0].platform
 
     @property
     def batch_size(self) -> int:
@@ -109,21 +139,52 @@ class Sharding:
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Asks the compiler to lay out an activation by its logical axes; one that does not divide is left whole."""
-        rules = dict(self.rules)
-        parts = [rules[a] if a and x.shape[i] % self.ways(rules[a]) == 0 else None for i, a in enumerate(axes)]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*parts)))
+        spec = self.activation(axes, x.shape)
+        if not self.manual:
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        return jax.lax.with_sharding_constraint(x, spec) if any(spec) else x
+
+    def activation(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+        """The partition of an activation with these logical axes; an axis that does not divide is left whole."""
+        rules, out = dict(self.rules), []
+        for axis, n in zip(axes, shape, strict=True):
+            left = tuple(name for name in _tuple(rules[axis] if axis else None) if name not in self.manual)
+            out.append(left if left and n % self.ways(left) == 0 else None)
+        return PartitionSpec(*out)
+
+    def map(self, f, in_specs, out_specs):
+        """`f` on the part of each device; where the code at hand sees such parts already, `f` itself."""
+        names = set(self.mesh.axis_names) - set(self.manual)
+        if not names:
+            return f
+        mesh = None if self.manual else self.mesh  # within another shard_map it is the mesh at hand
+        return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+
+    def gather(self, x: jax.Array, axis: str, dim: int) -> jax.Array:
+        """The parts of an array that devices along a manual mesh axis hold, one after another along `dim`."""
+        for groups in _stages(self.mesh, axis):
+            x = jax.lax.all_gather(x, axis, axis=dim, tiled=True, axis_index_groups=groups)
+        return x
+
+    def total(self, x):
+        """Sums over the devices that hold other rows, where the code at hand sees the rows of one."""
+        return jax.lax.psum(x, self.by_row) if self.manual and self.by_row else x
+
+    def first_row(self, rows: int):
+        """The place of the first of these rows in the whole batch."""
+        axes = [axis for axis in _tuple(dict(self.rules)["batch"]) if axis in self.manual]
+        return jax.lax.axis_index(axes) * rows if axes else 0
 
     def batch(self, batch: Any) -> Any:
         """Puts the host arrays of this process's rows ([rows, T], rows split over the processes) on the devices.
 
         Raises SettingsError where the mesh gives parts of one row to several processes.
         """
-        rules = dict(self.rules)
         processes = len({device.process_index for device in self.mesh.devices.flat})
 
         def put(x):
             x = np.asarray(x)
-            sharding = NamedSharding(self.mesh, PartitionSpec(rules["batch"], *([rules["seq"]] if x.ndim > 1 else [])))
+            sharding = NamedSharding(self.mesh, self.rows_spec(x.ndim))
             # Without the shape in words, jax infers another one from such a mesh and says nothing.
             return jax.make_array_from_process_local_data(sharding, x, (len(x) * processes, *x.shape[1:]))
 
@@ -142,6 +203,37 @@ class Sharding:
 
 def _tuple(mesh_axes) -> tuple[str, ...]:
     return () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+
+
+def names_of(spec) -> tuple[str, ...]:
+    """The mesh axes in a PartitionSpec, or in a part of one."""
+    return tuple(axis for split in spec for axis in _tuple(split))
+
+
+@functools.cache
+def _stages(mesh: Mesh, axis: str) -> tuple[list[list[int]] | None, ...]:
+    """Groups of devices for one gather after another along a mesh axis; (None,) for all at once.
+
+    libtpu knows a gather or a reduce-scatter over a part of a slice. Over the whole of it, it makes them an all-reduce,
+    which moves twice the bytes. So an axis that is the whole slice is done in two steps: along the last dimension of
+    the torus, with the small parts, then over the planes across it.
+    """
+    line = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
+    if line[0].platform != "tpu" or len(line) < mesh.devices.size // _slices(mesh.devices.flat):
+        return (None,)
+    coords = [(*device.coords, getattr(device, "core_on_chip", 0)) for device in line]
+    moving = next(dim for dim, (a, b) in enumerate(zip(*coords[:2], strict=True)) if a != b)
+    fixed = [coord[:moving] + coord[moving + 1 :] for coord in coords]
+    inner = next((n for n, coord in enumerate(fixed) if coord != fixed[0]), len(line))
+    if inner in (1, len(line)) or len(line) % inner:
+        return (None,)
+    starts = range(0, len(line), inner)
+    along = [[start + i for i in range(inner)] for start in starts]
+    return along, [[start + i for start in starts] for i in range(inner)]
+
+
+def _slices(devices) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def join_processes(config: ParallelConfig) -> None:
@@ -204,7 +296,7 @@ def _mesh(sizes: tuple[int, ...], devices: list) -> Mesh:
     types = (AxisType.Auto,) * len(sizes)
     if devices[0].platform == "cpu":
         return Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=types)
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = _slices(devices)
     if slices > 1:  # only the data axis crosses the slow network between slices
         from jax.experimental.mesh_utils import create_hybrid_device_mesh
 

@@ -171,7 +171,7 @@ def _score(model: Model, params, tokens_BT, segments_BT, at_BW, targets_BW):
 
     # Float32 logits exist a chunk of places at a time, as in the loss.
     B, W = at_BW.shape
-    held = CHUNK_LOGITS * model.sharding.mesh.size * (1 if jax.default_backend() == "cpu" else 64)
+    held = CHUNK_LOGITS * model.sharding.spread * (1 if model.sharding.platform == "cpu" else 64)
     least = -(-ROWS // B)  # fewer, and a large head is read from memory anew for a few rows each time
     J = min(W, 1 << max(least.bit_length() - 1, (held // (B * model.config.padded_vocab)).bit_length() - 1))
     parts = tuple(jnp.moveaxis(x.reshape(B, W // J, J, *x.shape[2:]), 1, 0) for x in (hidden_BWD, targets_BW))

@@ -9,6 +9,8 @@ Shapes: M rows (padded), D input, F output, E experts, C blocks, R rows of a blo
 import jax
 import jax.numpy as jnp
 
+from jaxllm.kernels.backend import platform
+
 
 def rows_needed(rows: int, experts: int, block: int) -> int:
     """A static bound on the padded rows: every expert can waste at most `block - 1` of them."""
@@ -23,7 +25,7 @@ def block_size(rows: int, experts: int) -> int:
     On CPU XLA computes `ragged_dot` as a masked dense product over all experts (measured 2.2 times slower at 8
     experts), and a batched product over blocks of 256 rows is within 10 % of the dense layer.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return 1
     share = max(1, rows // experts)
     return min(256, max(8, 1 << (share - 1).bit_length()))

@@ -6,6 +6,8 @@ Shapes: M rows, I inputs, O outputs, G groups of inputs with a scale each, J inp
 import jax
 import jax.numpy as jnp
 
+from jaxllm.kernels.backend import platform
+
 
 def quantize_rows(x_MI: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`(codes_MI, scale_M1)`: each row in int8 by its largest magnitude, in float32."""
@@ -25,7 +27,7 @@ def int8_matmul(x_MI: jax.Array, codes_OI: jax.Array, scale_OG: jax.Array) -> ja
     experts = codes_OI.ndim - 2
     x_MI = x_MI.reshape(*lead[:experts], -1, inputs)
     rows = x_MI.shape[-2]
-    if rows == 1 and jax.default_backend() == "cpu":
+    if rows == 1 and platform() == "cpu":
         # For a single row XLA widens the whole matrix to int32 first: 20 times slower than two rows.
         x_MI = jnp.concatenate([x_MI, jnp.zeros_like(x_MI)], axis=-2)
     codes_MI, scale_M1 = quantize_rows(x_MI)

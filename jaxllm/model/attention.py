@@ -12,6 +12,7 @@ from jaxllm.model.cache import LayerCache
 from jaxllm.model.param import norm_scale, normal, rms, zeros
 from jaxllm.model.rope import alibi_slopes, rotate
 from jaxllm.model.spec import AttnSpec, ModelConfig
+from jaxllm.sharding import Sharding
 from jaxllm.weights.seam import einsum, unwrap
 
 
@@ -41,25 +42,25 @@ class Attention(nnx.Module):
             self.sinks = zeros((N,), ("heads",))
 
     def __call__(
-        self, x_BTD, *, positions_BT, segments_BT, rope, constrain, kind: str, cache: LayerCache | None = None
+        self, x_BTD, *, positions_BT, segments_BT, rope, sharding, kind: str, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """`(y_BTD, cache)`; `rope` holds `cos_BTR, sin_BTR`, or None; with a cache, queries see what it holds."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         if rope is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
-        q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "seq", "heads", None), "q")
+        q_BTNH = checkpoint_name(sharding.constrain(q_BTNH, "batch", "seq", "heads", None), "q")
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
         alone = cache is None or cache.empty
         cache = None if cache is None else cache.write(k_BTKH, v_BTKH, positions_BT)
         if alone:
-            k_BKSH = constrain(k_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
-            v_BKSH = constrain(v_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
+            k_BKSH = sharding.constrain(k_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
+            v_BKSH = sharding.constrain(v_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
             where = Where(positions_BT, positions_BT, segments_BT, segments_BT)
         else:
             (k_BKSH, v_BKSH), kind = cache.read(q_BTNH.dtype), "reference"
             where = Where(positions_BT, cache.positions_BS)
-        o_BTNH = attend(self, q_BTNH, k_BKSH, v_BKSH, where, kind)
-        y_BTD = einsum("BTNH,NHD->BTD", checkpoint_name(o_BTNH, "attention"), self.o)
+        o_BTNH = attend(self, q_BTNH, k_BKSH, v_BKSH, where, kind, sharding)
+        y_BTD = einsum("BTNH,NHD->BTD", o_BTNH, self.o)
         if self.spec.out_bias:
             y_BTD = y_BTD + unwrap(self.o_bias).astype(y_BTD.dtype)
         return checkpoint_name(y_BTD, "attention_out"), cache
@@ -81,10 +82,11 @@ class Attention(nnx.Module):
         return rms(self.config, flat, unwrap(scale).reshape(-1)).reshape(x_BTNH.shape)
 
 
-def attend(layer: nnx.Module, q_BTNH, k_BKSH, v_BKSH, where: Where, kind: str) -> jax.Array:
+def attend(layer: nnx.Module, q_BTNH, k_BKSH, v_BKSH, where: Where, kind: str, sharding: Sharding) -> jax.Array:
     """The attention kernel with what the spec of this layer says: scale, window, soft-cap, slopes and sinks."""
     spec = layer.spec
     scale = spec.scale if spec.scale is not None else layer.config.qk_dim(spec) ** -0.5
     slopes = jax.numpy.asarray(alibi_slopes(spec.heads)) if spec.alibi else None
     heads = PerHead(slopes, unwrap(layer.sinks) if spec.sinks else None)
-    return attention(q_BTNH, k_BKSH, v_BKSH, Form(scale, spec.window, spec.softcap), where, heads, kind=kind)
+    form = Form(scale, spec.window, spec.softcap)
+    return attention(q_BTNH, k_BKSH, v_BKSH, form, where, heads, kind=kind, sharding=sharding)

@@ -4,6 +4,7 @@ Shapes: B batch, T position, D embed, V vocab, E experts.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from flax import nnx
 from jaxllm import tree
 from jaxllm.errors import SettingsError
 from jaxllm.model.cache import Cache
+from jaxllm.model.gather import Gather, make_gather
 from jaxllm.model.moe import update_bias
 from jaxllm.model.spec import Kernels, LayerSpec, ModelConfig
 from jaxllm.model.transformer import Transformer
@@ -74,7 +76,7 @@ class Model:
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        return nnx.merge(self.graph, params)(
+        return nnx.merge(self.graph, self.gather.around(params, self.config.dtype))(
             tokens_BT,
             positions_BT=positions_BT,
             segments_BT=segments_BT,
@@ -84,7 +86,18 @@ class Model:
             neftune=neftune,
             sharding=self.sharding,
             kernels=self.kernels,
+            gather=self.gather,
         )
+
+    @functools.cached_property
+    def gather(self) -> Gather:
+        """How layers get the weights that devices share."""
+        return make_gather(self.sharding, self.abstract, self.axes)
+
+    @functools.cached_property
+    def local(self) -> "Model":
+        """The same model for code that sees the rows of one device, and its parts of the weights."""
+        return dataclasses.replace(self, sharding=self.sharding.inside())
 
     @property
     def layers(self) -> list[tuple[str, str, int | None]]:
@@ -114,7 +127,8 @@ class Model:
 
     def head(self, params: Params) -> Any:
         """The weight that `unembed` needs: the head, or the tied embedding table."""
-        return params["embed" if self.config.tied else "head"]
+        name = "embed" if self.config.tied else "head"
+        return self.gather.tree(name, params[name], self.config.dtype)
 
     def unembed(self, head, hidden_BTD: jax.Array) -> jax.Array:
         """Logits `[B, T, V]` in float32; V is the padded vocabulary, and ids of the padding get -1e30."""

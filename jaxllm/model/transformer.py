@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
-from jaxllm.errors import SettingsError, UserError
+from jaxllm.errors import UserError
+from jaxllm.kernels.backend import platform
 from jaxllm.model.attention import Attention
 from jaxllm.model.cache import Cache
+from jaxllm.model.gather import Gather
 from jaxllm.model.latent import LatentAttention
 from jaxllm.model.mlp import Mlp
 from jaxllm.model.moe import Moe, MoeAux
@@ -24,7 +26,7 @@ from jaxllm.model.param import Norm, dropout, normal
 from jaxllm.model.rope import sinusoids, tables
 from jaxllm.model.spec import Kernels, LayerSpec, ModelConfig, RopeSpec, remat_policy_names
 from jaxllm.sharding import Sharding
-from jaxllm.weights.seam import take
+from jaxllm.weights.seam import take, unwrap
 
 
 class Block(nnx.Module):
@@ -50,7 +52,7 @@ class Block(nnx.Module):
             positions_BT=context.positions_BT,
             segments_BT=context.segments_BT,
             rope=rope,
-            constrain=context.sharding.constrain,
+            sharding=context.sharding,
             kind=context.attention,
             cache=cache,
         )
@@ -119,11 +121,12 @@ class Transformer(nnx.Module):
         neftune: float | None,
         sharding: Sharding,
         kernels: Kernels,
+        gather: Gather,
     ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
         """`(hidden_BTD, cache, aux)`; see `Model.apply`."""
         context = self._context(positions_BT, segments_BT, lengths_B, cache, sharding, kernels)
-        x_BTD = self._embed(tokens_BT, context, key, neftune)
-        run = Run(self.config, context, key, caches=list(cache) if cache is not None else None)
+        x_BTD = self._embed(tokens_BT, context, key, neftune, gather if cache is None else None)
+        run = Run(self.config, context, key, caches=list(cache) if cache is not None else None, gather=gather)
         for slot, block in self.prefix.items():
             x_BTD = run.layer(block, x_BTD, ("prefix", slot))
         if self.layers:
@@ -156,11 +159,11 @@ class Transformer(nnx.Module):
             tables=tuple(tables(*pair, positions_BT, lengths_B, segments_BT) for pair in ropes),
             ropes=ropes,
             sharding=sharding,
-            attention=_attention_kind(kernels, sharding),
+            attention=kernels.attention,
         )
 
-    def _embed(self, tokens_BT, context: Context, key, neftune):
-        x_BTD = take(self.embed, tokens_BT, self.config.dtype)
+    def _embed(self, tokens_BT, context: Context, key, neftune, gather: Gather | None = None):
+        x_BTD = self._rows(tokens_BT, gather)
         if self.config.embed_scale is not None:
             x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
         if self.config.positions == "learned":
@@ -171,6 +174,12 @@ class Transformer(nnx.Module):
         if neftune is not None and key is not None:
             x_BTD = x_BTD + _noise(jax.random.fold_in(key, 1), neftune, x_BTD, context.segments_BT)
         return dropout(context.sharding.constrain(x_BTD, "batch", "seq", None), self.config.dropout, key)
+
+    def _rows(self, tokens_BT, gather: Gather | None):
+        table = unwrap(self.embed)
+        if gather is None:
+            return take(table, tokens_BT, self.config.dtype)
+        return gather.take("embed", table, tokens_BT, self.config.dtype)
 
 
 def _noise(key, neftune: float, x_BTD, segments_BT):
@@ -190,36 +199,35 @@ def _stack(spec: LayerSpec, config: ModelConfig, rngs: nnx.Rngs) -> Block:
     return nnx.vmap(lambda r: Block(spec, config, r))(rngs.split(config.periods))
 
 
-def _attention_kind(kernels: Kernels, sharding: Sharding) -> str:
-    """Raises SettingsError for the blockwise form on a mesh that splits sequences: it reads keys by their index."""
-    split = sharding.mesh.shape["context"] > 1
-    if split and kernels.attention == "blockwise":
-        raise SettingsError(
-            f"kernels.attention=blockwise needs whole sequences, and parallel.context={sharding.mesh.shape['context']} "
-            "splits them; set kernels.attention=auto"
-        )
-    return kernels.attention if kernels.attention != "auto" else "reference" if split else "blockwise"
-
-
 def _unroll_up_to(kernels: Kernels) -> int:
     # Scanning copies each layer's saved activations into stacked buffers: 8 to 20 % of a step on CPU at 6 layers.
-    return kernels.unroll if kernels.unroll is not None else 8 if jax.default_backend() == "cpu" else 0
+    return kernels.unroll if kernels.unroll is not None else 8 if platform() == "cpu" else 0
 
 
 class Run:
     """One pass through the layers: counts them, hands out caches and keys, gathers what the experts report."""
 
-    def __init__(self, config: ModelConfig, context: Context, key, caches: list | None):
-        self.config, self.context, self.key, self.caches = config, context, key, caches
+    def __init__(self, config: ModelConfig, context: Context, key, caches: list | None, gather: Gather):
+        self.config, self.context, self.key, self.caches, self.gather = config, context, key, caches, gather
         self.index, self.found = 0, {}
         names = remat_policy_names(config.remat)
         self.remat = (lambda f: f) if names is None or caches is not None else _remat(*names)
+
+    def call(self, where: tuple[str, ...]):
+        """`(graph, state, x_BTD, context, cache, key) -> what the Block gives`, for the layers at `where`."""
+
+        def run(graph, state, x_BTD, context: Context, cache, key):
+            if cache is None:
+                state = self.gather.layer(where, nnx.to_pure_dict(state), self.config.dtype)
+            return nnx.merge(graph, state)(x_BTD, context, cache, key)
+
+        return run
 
     def layer(self, block: Block, x_BTD, where: tuple[str, ...]):
         """One layer outside the scan."""
         cache = self.caches[self.index] if self.caches is not None else None
         key = None if self.key is None else jax.random.fold_in(self.key, self.index)
-        x_BTD, cache, aux = self.remat(_call)(*nnx.split(block), x_BTD, self.context, cache, key)
+        x_BTD, cache, aux = self.remat(self.call(where))(*nnx.split(block), x_BTD, self.context, cache, key)
         if self.caches is not None:
             self.caches[self.index] = cache
         if aux is not None:
@@ -250,7 +258,8 @@ class Run:
             auxes = {}
             for i, (slot, graph) in enumerate(graphs.items()):
                 key = None if self.key is None else jax.random.fold_in(self.key, first + i)
-                x_BTD, _, auxes[slot] = _call(graph, states[slot], x_BTD, self.context, None, key)
+                call = self.call(("layers", slot))
+                x_BTD, _, auxes[slot] = call(graph, states[slot], x_BTD, self.context, None, key)
             return x_BTD, auxes
 
         first_P = self.index + jnp.arange(self.config.periods) * len(slots)
@@ -273,10 +282,6 @@ class Run:
             "dropped_B": jnp.mean(total.dropped_B, axis=0),
             "load": {"/".join(where): aux.load_E for where, aux in self.found.items()},
         }
-
-
-def _call(graph, state, x_BTD, context: Context, cache, key):
-    return nnx.merge(graph, state)(x_BTD, context, cache, key)
 
 
 def _slice(state, period: int):

@@ -63,9 +63,10 @@ def cross_entropy(model: Model, head, hidden_BTD, targets_BT, mask_BT, z_loss: f
 def chunks_of(model: Model, shape) -> int:
     """Into how many chunks positions `[B, T, ...]` are cut, so that their logits fit."""
     (B, T, _), vocab = shape, model.config.padded_vocab
-    held = CHUNK_LOGITS * model.sharding.mesh.size * (1 if jax.default_backend() == "cpu" else 64)
+    cpu = model.sharding.platform == "cpu"
+    held = CHUNK_LOGITS * model.sharding.spread * (1 if cpu else 64)
     # With a large vocabulary a product of few rows would be slow: 128 take less than half the time of 8 at 262,144.
-    wanted = max(2, min(math.ceil(B * T * vocab / held), B * T // 128))
+    wanted = max(2 if cpu else 1, min(math.ceil(B * T * vocab / held), B * T // 128))
     return next((n for n in range(min(wanted, T), T + 1) if T % n == 0), T)
 
 
@@ -112,9 +113,10 @@ def _forward(unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT):
         d_head, d_hidden = pull(d_logits)
         return jax.tree.map(jnp.add, carry, (loss, ce, d_head)), d_hidden
 
-    zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, floating))
+    zero = (jnp.zeros(()), jnp.zeros(()), [jnp.zeros(x.shape, jnp.float32) for x in floating])
     xs = tuple(split(x, chunks) for x in (hidden_BTD, targets_BT, mask_BT))
     (loss, ce, d_head), d_hidden = jax.lax.scan(body, zero, xs)
+    d_head = [d.astype(x.dtype) for d, x in zip(d_head, floating, strict=True)]
     return (loss, ce), (merge(d_head, [None] * len(rest)), join(d_hidden))
 
 

@@ -4,6 +4,7 @@ Shapes: A microbatches, B rows of a microbatch, T positions.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm import tree
+from jaxllm.kernels.backend import tracing_for
 from jaxllm.model.build import Model, Params
 from jaxllm.optim.placement import like, owner_of
+from jaxllm.train.rows import Objective, gradients, sums
 
-Objective = Callable[[Model, Params, Any, jax.Array | None], tuple[jax.Array, jax.Array, dict[str, Any]]]
+__all__ = ["Objective", "TrainState", "abstract_state", "make_eval_step", "make_state", "make_train_step"]
 
 
 @jax.tree_util.register_dataclass
@@ -103,11 +106,7 @@ def make_train_step(
         chosen, frozen = tree.partition(state.params, mask)
         key = jax.random.fold_in(state.key, state.step)
 
-        def loss_of(chosen, batch, key):
-            loss, count, metrics = objective(model, tree.combine(chosen, frozen), batch, key)
-            return loss, (count, metrics)
-
-        (loss, (count, metrics)), grads = _accumulate(loss_of, chosen, batch, key, accumulate)
+        (loss, (count, metrics)), grads = gradients(model, objective, chosen, frozen, batch, key, accumulate)
         scale = 1 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
@@ -130,25 +129,9 @@ def make_train_step(
             out["expert_load_max"] = _worst_load(load)
         return TrainState(state.step + 1, params, opt, state.key, extra), out
 
+    step = traced_on(model, step)
     where = None if abstract is None else (jax.tree.map(lambda leaf: leaf.sharding, abstract), None)
     return jax.jit(step, donate_argnums=0, out_shardings=where)
-
-
-def _accumulate(loss_of, chosen, batch, key, accumulate: int):
-    """Value, auxiliary sums and gradient over all microbatches; each has its own key."""
-    grad = jax.value_and_grad(loss_of, has_aux=True)
-    if accumulate == 1:
-        return grad(chosen, batch, key)
-
-    def microbatch(i):
-        # Rows i, i + A, ...: every device keeps its own rows when the batch is split over devices.
-        return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:])[:, i], batch)
-
-    def body(total, i):
-        return jax.tree.map(jnp.add, total, grad(chosen, microbatch(i), jax.random.fold_in(key, i))), None
-
-    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, chosen, jax.eval_shape(microbatch, 0), key))
-    return jax.lax.scan(body, zero, jnp.arange(accumulate))[0]
 
 
 def _extra(extra, finite, decay, chosen):
@@ -170,8 +153,19 @@ def make_eval_step(model: Model, objective: Objective) -> Callable[[Params, Any]
     """`evaluate(params, batch) -> {"loss": sum, "targets": count, ...}`: sums of one batch, without dropout."""
 
     def evaluate(params, batch):
-        loss, count, metrics = objective(model, params, batch, None)
+        loss, count, metrics = sums(model, objective, params, batch, None)
         metrics.pop("load", None)
         return {"loss": loss, "targets": count} | metrics
 
-    return jax.jit(evaluate)
+    return jax.jit(traced_on(model, evaluate))
+
+
+def traced_on(model: Model, f: Callable) -> Callable:
+    """`f`, which knows while it is traced what the mesh of the model is made of, in its backward pass too."""
+
+    @functools.wraps(f)
+    def traced(*args):
+        with tracing_for(model.sharding.platform):
+            return f(*args)
+
+    return traced

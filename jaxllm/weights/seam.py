@@ -8,8 +8,10 @@ file and no edit to the model.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.kernels import matmul
+from jaxllm.kernels.backend import platform
 from jaxllm.kernels.experts import grouped_matmul as dense_grouped_matmul
 
 Weight = Any  # jax.Array, or a registered dataclass with the three methods below
@@ -25,7 +27,9 @@ def einsum(equation: str, x: jax.Array, weight, *, dtype=None) -> jax.Array:
     weight = unwrap(weight)
     if not isinstance(weight, jax.Array):
         return weight.einsum(equation, x, dtype=dtype)
-    return matmul.einsum(equation, x, weight.astype(x.dtype), dtype)
+    if platform() == "cpu":
+        return matmul.einsum(equation, x, weight.astype(x.dtype), dtype)
+    return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=dtype)
 
 
 def grouped_matmul(x_MD: jax.Array, weight, sizes_E: jax.Array, *, block: int) -> jax.Array:

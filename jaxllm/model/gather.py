@@ -1,0 +1,105 @@
+"""Fully sharded data parallelism: a layer gathers its weights where it begins, and its gradients come back in parts.
+
+Within a step each device computes on its own rows (`train/rows.py`), so that a gather of a weight is all that it
+takes: the derivative of a gather is a reduce-scatter (ZeRO stage 3, arXiv 1910.02054, section 5.3). Outside of it the
+compiler lays out products by where their weights are.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm import tree
+from jaxllm.sharding import Sharding, names_of
+from jaxllm.weights import seam
+from jaxllm.weights.axes import Axes, is_linear_map
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """Which mesh axes each array of the weights is to be gathered over before it is used."""
+
+    sharding: Sharding
+    places: dict[str, tuple[tuple[str, ...], ...]]
+    """`{path: axes for each dimension}`, without the dimension of stacked layers."""
+    matrices: frozenset[str]
+    """Paths of plain matrices: they are gathered in the compute dtype, everything else as it is."""
+
+    def layer(self, where: tuple[str, ...], weights: Any, dtype) -> Any:
+        """The weights of one layer, whose paths begin with `where`."""
+        start = "/".join(where[:2])
+        return tree.map_with_path(lambda path, leaf: self.weight(f"{start}/{path}", leaf, dtype), weights)
+
+    def around(self, params: dict[str, Any], dtype) -> dict[str, Any]:
+        """The weights with what belongs to no layer and is no table of the vocabulary: the last norm, positions."""
+        names = [name for name in params if name not in ("prefix", "layers", "suffix", "embed", "head")]
+        return params | {name: self.tree(name, params[name], dtype) for name in names}
+
+    def weight(self, path: str, leaf, dtype) -> jax.Array:
+        """One array: a matrix in `dtype`, where devices share it."""
+        if path not in self.places:
+            return leaf
+        return self._whole(path, leaf.astype(dtype) if path in self.matrices else leaf)
+
+    def tree(self, start: str, weight: Any, dtype) -> Any:
+        """One weight of any type, whose arrays have paths that begin with `start`."""
+        return tree.map_with_path(lambda path, leaf: self.weight(path, leaf, dtype), {start: weight})[start]
+
+    def take(self, path: str, table: Any, ids: jax.Array, dtype) -> jax.Array:
+        """Rows of a table in `dtype`; the gradient of a plain one is summed in float32."""
+        if path not in self.places:
+            return seam.take(self.tree(path, table, dtype), ids, dtype)
+        return _taken(self, path, dtype, table, ids)
+
+    def _whole(self, path: str, leaf):
+        for dim, axes in enumerate(self.places[path]):
+            for axis in reversed(axes):  # the last one splits what the ones before it have split
+                leaf = self.sharding.gather(leaf, axis, dim)
+        return leaf
+
+
+def make_gather(sharding: Sharding, abstract, axes) -> Gather:
+    """What `Model.abstract` and `Model.axes` say of each array, for code that sees its own part over `sharding.manual`.
+
+    Axes that split experts stay: their tokens come to them.
+    """
+    names = tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
+    places, matrices = {}, set()
+    for path, leaf in tree.flatten(abstract).items():
+        stacked = bool(names[path]) and names[path][0] == "layers"
+        split, here = (*leaf.sharding.spec, *[None] * leaf.ndim)[stacked : leaf.ndim], names[path][stacked:]
+        apart = tuple(
+            tuple(axis for axis in names_of([part]) if axis in sharding.manual and name != "expert")
+            for part, name in zip(split, here, strict=True)
+        )
+        if any(apart):
+            places[path] = apart
+            if _is_matrix(here):
+                matrices.add(path)
+    return Gather(sharding, places, frozenset(matrices))
+
+
+def _is_matrix(axes: Axes) -> bool:
+    """Whether products take the array in the compute dtype: no norm, bias, router or part of an adapter."""
+    return "rank" not in axes and (is_linear_map(axes) or "vocab" in axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _taken(gather: Gather, path: str, dtype, table_VD, ids_BT):
+    return gather.weight(path, table_VD, dtype)[ids_BT].astype(dtype)
+
+
+def _save(gather, path, dtype, table_VD, ids_BT):
+    return _taken(gather, path, dtype, table_VD, ids_BT), (ids_BT, table_VD)
+
+
+def _backward(gather: Gather, path, dtype, saved, d_BTD):
+    ids_BT, table_VD = saved
+    whole_VD, scatter = jax.vjp(functools.partial(gather._whole, path), table_VD)
+    return *scatter(jnp.zeros_like(whole_VD).at[ids_BT].add(d_BTD.astype(whole_VD.dtype))), None
+
+
+_taken.defvjp(_save, _backward)

@@ -1,0 +1,97 @@
+"""Each device computes the loss of its own rows: what is summed over devices is said here and not left to the compiler.
+
+Objectives give sums, so that the sum over devices is the loss of the batch, and the gradient of a weight the sum of
+what each device's rows give. Only the tensor axis is the compiler's.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxllm import tree
+from jaxllm.model.build import Model, Params
+from jaxllm.sharding import names_of
+
+Objective = Callable[[Model, Params, Any, jax.Array | None], tuple[jax.Array, jax.Array, dict[str, Any]]]
+
+
+def sums(model: Model, objective: Objective, params: Params, batch, key) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """What the objective gives for a batch whose rows are spread over the mesh."""
+    if not model.sharding.by_row:
+        return objective(model, params, batch, key)
+    local = model.local
+
+    def on_a_device(params, batch, key):
+        return jax.lax.psum(objective(local, params, batch, key), model.sharding.by_row)
+
+    return _mapped(model, on_a_device, params, batch, PartitionSpec())(params, batch, key)
+
+
+def gradients(model: Model, objective: Objective, chosen: Params, frozen: Params, batch, key, accumulate: int):
+    """`((loss, (count, metrics)), gradient by the chosen weights)`, sums over a batch in `accumulate` microbatches.
+
+    The gradient of each weight lies where the weight lies.
+    """
+
+    def of_rows(model, chosen, frozen, batch, key):
+        def loss_of(chosen, batch, key):
+            loss, count, metrics = objective(model, tree.combine(chosen, frozen), batch, key)
+            return loss, (count, metrics)
+
+        return _accumulated(jax.value_and_grad(loss_of, has_aux=True), chosen, batch, key, accumulate)
+
+    by_row = model.sharding.by_row
+    if not by_row:
+        return of_rows(model, chosen, frozen, batch, key)
+    kept = {path: names_of(leaf.sharding.spec) for path, leaf in tree.flatten(model.abstract).items()}
+
+    def on_a_device(weights, batch, key):
+        found, grads = of_rows(model.local, *weights, batch, key)
+        # A weight that devices share came back as its own part, summed over them: the derivative of its gather.
+        left = {path: tuple(axis for axis in by_row if axis not in axes) for path, axes in kept.items()}
+        grads = tree.map_with_path(lambda path, g: jax.lax.psum(g, left[path]) if left[path] else g, grads)
+        return jax.lax.psum(found, by_row), grads
+
+    out = PartitionSpec(), _specs(model, chosen)
+    return _mapped(model, on_a_device, (chosen, frozen), batch, out)((chosen, frozen), batch, key)
+
+
+def _mapped(model: Model, f, weights, batch, out):
+    """`f(weights, batch, key)` on each device's own parts; `weights` is one tree of weights or a tuple of them."""
+    of_weights = tuple(_specs(model, w) for w in weights) if isinstance(weights, tuple) else _specs(model, weights)
+    return jax.shard_map(
+        f,
+        mesh=model.sharding.mesh,
+        in_specs=(of_weights, jax.tree.map(lambda x: model.sharding.rows_spec(x.ndim), batch), PartitionSpec()),
+        out_specs=out,
+        axis_names=set(model.local.sharding.manual),
+        check_vma=False,
+    )
+
+
+def _specs(model: Model, weights):
+    """The parts of each array, over the axes that are not the compiler's."""
+    manual = model.local.sharding.manual
+    kept = {
+        path: PartitionSpec(*(tuple(a for a in names_of([part]) if a in manual) for part in leaf.sharding.spec))
+        for path, leaf in tree.flatten(model.abstract).items()
+    }
+    return tree.map_with_path(lambda path, _: kept[path], weights)
+
+
+def _accumulated(grad, chosen, batch, key, accumulate: int):
+    """Value, auxiliary sums and gradient over all microbatches; each has its own key."""
+    if accumulate == 1:
+        return grad(chosen, batch, key)
+
+    def microbatch(i):
+        # Rows i, i + A, ...: the same ones whether rows are split over devices or not.
+        return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:])[:, i], batch)
+
+    def body(total, i):
+        return jax.tree.map(jax.numpy.add, total, grad(chosen, microbatch(i), jax.random.fold_in(key, i))), None
+
+    zero = jax.tree.map(jax.numpy.zeros_like, jax.eval_shape(grad, chosen, jax.eval_shape(microbatch, 0), key))
+    return jax.lax.scan(body, zero, jax.numpy.arange(accumulate))[0]
