@@ -112,7 +112,7 @@ def parse(text: str) -> Module:
             if line.endswith("{") and (head := _HEAD.match(line)):
                 current, last = computations.setdefault(head[2], {}), None
                 entry = head[2] if head[1] else entry
-        elif line.startswith("}") and (last is None or line[1:2] in ("", ",")):
+        elif line.rstrip() == "}" or line.startswith("}, execution_thread="):
             current = None
         elif instruction := _instruction(line):
             current[instruction.name] = last = instruction

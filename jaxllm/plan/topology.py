@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import math
@@ -78,14 +79,14 @@ def parse_topology(text: str) -> Topology:
     return Topology(chip, shape)
 
 
-def slices_of(chip: Chip) -> list[tuple[int, ...]]:
+@functools.cache
+def slices_of(chip: Chip) -> tuple[tuple[int, ...], ...]:
     """Shapes of all slices of a TPU chip, sides in ascending order from a cube on."""
     if chip.torus == 2:
-        return list(FLAT)
-    one = [(1, 1, 1)] if chip.name == "tpu7x" else []
-    sides = range(4, 257, 4)
-    cubes = [shape for shape in itertools.combinations_with_replacement(sides, 3) if math.prod(shape) <= chip.pod]
-    return one + list(SMALL) + cubes
+        return FLAT
+    one = ((1, 1, 1),) if chip.name == "tpu7x" else ()
+    shapes = itertools.combinations_with_replacement(range(4, 257, 4), 3)
+    return one + SMALL + tuple(shape for shape in shapes if math.prod(shape) <= chip.pod)
 
 
 def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
@@ -94,7 +95,7 @@ def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
     return shape in known or (chip.name == "v4" and min(shape) >= 4 and tuple(sorted(shape)) in known)
 
 
-def _nearest(chip: Chip, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _nearest(chip: Chip, shape: tuple[float, ...]) -> tuple[int, ...]:
     """The slice with the nearest number of chips, then the most alike sides."""
     asked = sorted(shape, reverse=True)
 
@@ -110,10 +111,9 @@ def _by_count(name: str, count: int) -> str:
     """What `v5p-128` means: v4, v5p and tpu7x are counted in cores, two a chip, v5e and v6e in chips."""
     chip = CHIPS[ALIASES.get(name, name)]
     if chip.gpu:
-        return f": {chip.name}:{min(count, chip.pod)}"
+        return f": {chip.name}:8x{count // 8}" if count > 8 else f": {chip.name}:{count}"
     chips = max(count // 2 if chip.torus == 3 else count, 1)
-    cube = round(chips ** (1 / chip.torus))
-    shape = min((s for s in slices_of(chip)), key=lambda s: (abs(math.log(math.prod(s) / chips)), abs(max(s) - cube)))
+    shape = _nearest(chip, (chips ** (1 / chip.torus),) * chip.torus)
     return f": {chip.name}:{_text(shape)} has {math.prod(shape)} chips"
 
 
