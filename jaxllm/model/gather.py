@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm import tree
+from jaxllm.kernels.backend import platform
 from jaxllm.sharding import Sharding, names_of
 from jaxllm.weights import seam
 from jaxllm.weights.axes import Axes, is_linear_map
@@ -28,9 +29,18 @@ class Gather:
     matrices: frozenset[str]
     """Paths of plain matrices: they are gathered in the compute dtype, everything else as it is."""
 
-    def layer(self, where: tuple[str, ...], weights: Any, dtype) -> Any:
-        """The weights of one layer, whose paths begin with `where`."""
-        start = "/".join(where[:2])
+    def layer(self, where: tuple[str, ...], weights: Any, x_BTD: jax.Array) -> Any:
+        """The weights of one layer that reads `x_BTD`, whose paths begin with `where`."""
+        if not self.places:
+            return weights
+        start, dtype = "/".join(where[:2]), x_BTD.dtype
+        if platform() == "tpu":
+            # The compiler would cast all layers before the scan and keep the copies (2 bytes a weight), also across an
+            # optimization_barrier; it does not where the cast depends on what the layer reads.
+            zero = jax.lax.stop_gradient(jnp.minimum(jnp.abs(x_BTD[0, 0, 0]), 0)).astype(jnp.float32)
+            weights = tree.map_with_path(
+                lambda p, leaf: leaf + zero if f"{start}/{p}" in self.matrices else leaf, weights
+            )
         return tree.map_with_path(lambda path, leaf: self.weight(f"{start}/{path}", leaf, dtype), weights)
 
     def around(self, params: dict[str, Any], dtype) -> dict[str, Any]:

@@ -218,7 +218,7 @@ class Run:
 
         def run(graph, state, x_BTD, context: Context, cache, key):
             if cache is None:
-                state = self.gather.layer(where, nnx.to_pure_dict(state), self.config.dtype)
+                state = self.gather.layer(where, nnx.to_pure_dict(state), x_BTD)
             return nnx.merge(graph, state)(x_BTD, context, cache, key)
 
         return run
