@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxllm.errors import SettingsError
 from jaxllm.kernels.backend import platform
 from jaxllm.kernels.blockwise import blockwise
+from jaxllm.kernels.cudnn import cudnn, lacks
 from jaxllm.kernels.reference import NO_HEADS, SAVED, Form, PerHead, Where, reference
 from jaxllm.kernels.splash import LANES, splash
 from jaxllm.sharding import Sharding
@@ -39,31 +40,39 @@ def attention(
     Raises SettingsError for a kernel that the mesh or the kind of attention lacks.
     """
     if kind == "auto":
-        kind, why = _best(form, heads, q_BTNH.shape, v_BKSH.shape, sharding)
+        kind, why = _best(q_BTNH, v_BKSH, form, where, heads, sharding)
         _say(f"attention: {kind} ({why})")
     else:
-        _check(kind, heads, sharding)
+        _check(kind, q_BTNH, v_BKSH, form, where, heads, sharding)
     if kind == "splash":
         return splash(q_BTNH, k_BKSH, v_BKSH, form, where, heads, sharding=sharding)
+    if kind == "cudnn":
+        return cudnn(q_BTNH, k_BKSH, v_BKSH, form, where, heads, sharding=sharding)
     if kind == "blockwise":
         return blockwise(q_BTNH, k_BKSH, v_BKSH, form, where, heads)
     return checkpoint_name(reference(q_BTNH, k_BKSH, v_BKSH, form, where, heads), SAVED)
 
 
-def _best(form: Form, heads: PerHead, q_shape, v_shape, sharding: Sharding | None) -> tuple[str, str]:
+def _best(q_BTNH, v_BKSH, form: Form, where: Where, heads: PerHead, sharding: Sharding | None) -> tuple[str, str]:
     """The kernel and the reason."""
     if _split(sharding):
         return "reference", "parallel.context splits the sequences"
+    T = q_BTNH.shape[1]
+    if platform() == "gpu":
+        missing = lacks(q_BTNH, v_BKSH, form, where, heads, sharding)
+        if T < LANES:
+            missing = missing or f"rows of {T} tokens are short"
+        return ("blockwise", missing) if missing else ("cudnn", "on GPU")
     if platform() != "tpu":
         return "blockwise", f"on {platform()}"
     if heads.slopes_N is not None:
         return "blockwise", "splash attention has no ALiBi"
-    if q_shape[1] < LANES:
-        return "blockwise", f"rows of {q_shape[1]} tokens, and splash attention works on blocks of {LANES}"
+    if T < LANES:
+        return "blockwise", f"rows of {T} tokens, and splash attention works on blocks of {LANES}"
     return "splash", "on TPU"
 
 
-def _check(kind: str, heads: PerHead, sharding: Sharding | None) -> None:
+def _check(kind: str, q_BTNH, v_BKSH, form: Form, where: Where, heads: PerHead, sharding: Sharding | None) -> None:
     if kind == "reference":
         return
     if _split(sharding):
@@ -71,8 +80,13 @@ def _check(kind: str, heads: PerHead, sharding: Sharding | None) -> None:
             f"kernels.attention={kind} needs whole sequences, and parallel.context={sharding.mesh.shape['context']} "
             "splits them; set kernels.attention=auto"
         )
-    if kind == "splash" and platform() != "tpu":
-        raise SettingsError(f"kernels.attention=splash is for TPU, and this mesh is of {platform()}; set it to auto")
+    backend = {"splash": "tpu", "cudnn": "gpu"}.get(kind, platform())
+    if backend != platform():
+        raise SettingsError(
+            f"kernels.attention={kind} is for {backend.upper()}, and this mesh is of {platform()}; set it to auto"
+        )
+    if kind == "cudnn" and (missing := lacks(q_BTNH, v_BKSH, form, where, heads, sharding)):
+        raise SettingsError(f"kernels.attention=cudnn: {missing}; set kernels.attention=auto or blockwise")
     if kind == "splash" and heads.slopes_N is not None:
         raise SettingsError("kernels.attention=splash has no ALiBi; set kernels.attention=auto or blockwise")
 

@@ -140,9 +140,9 @@ class ModelConfig:
 class Kernels:
     """How the numbers are computed; never changes what a model is."""
 
-    attention: Literal["auto", "blockwise", "reference"] = "auto"
-    """Training attention: blockwise goes by chunks with its own backward pass, reference holds all logits in memory.
-    auto is blockwise, but reference where devices split each sequence (parallel.context)."""
+    attention: Literal["auto", "splash", "cudnn", "blockwise", "reference"] = "auto"
+    """Training attention: splash is for TPU, cudnn for GPU; blockwise goes by chunks with its own backward pass,
+    reference holds all logits in memory. auto takes the best one for the devices and logs which, and why."""
     unroll: int | None = None
     """Up to this many layers run unrolled, more are scanned; null means 8 on CPU (8 to 20 % faster), 0 elsewhere."""
     cache: Literal["float", "int8"] = "float"
