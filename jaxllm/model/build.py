@@ -126,9 +126,16 @@ class Model:
         )
 
     def head(self, params: Params) -> Any:
-        """The weight that `unembed` needs: the head, or the tied embedding table."""
-        name = "embed" if self.config.tied else "head"
-        return self.gather.tree(name, params[name], self.config.dtype)
+        """The head, or the tied embedding table, as it is kept; `whole_head` makes it what `unembed` needs."""
+        return params[self._head]
+
+    def whole_head(self, head: Any) -> Any:
+        """The head with the parts of all devices, where the code at hand sees those of one."""
+        return self.gather.tree(self._head, head, self.config.dtype)
+
+    @property
+    def _head(self) -> str:
+        return "embed" if self.config.tied else "head"
 
     def unembed(self, head, hidden_BTD: jax.Array) -> jax.Array:
         """Logits `[B, T, V]` in float32; V is the padded vocabulary, and ids of the padding get -1e30."""

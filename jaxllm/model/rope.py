@@ -134,8 +134,8 @@ def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Arr
 def _rotated_whole(x_BTNH, cos_BT1R, sin_BT1R):
     """`rotate` without taking heads apart: on TPU, halves of 64 lanes are copied, padded to 128, and joined again.
 
-    The swap of the halves is a product with a permutation, exact in any dtype, which the compiler fuses: with queries of
-    64 heads of 128 it takes a seventh off the cycles of projection and rotation, forward and backward.
+    The swap of the halves is a product with a permutation, exact in any dtype, which the compiler fuses: with queries
+    of 64 heads of 128 it takes a seventh off the cycles of projection and rotation, forward and backward.
     """
     H, R = x_BTNH.shape[-1], cos_BT1R.shape[-1]
     rest = [(0, 0)] * 3 + [(0, H - 2 * R)]

@@ -65,7 +65,7 @@ def distill(model: Model, params: Params, batch: TokenBatch, key=None, *, config
     params = bind(params, key=key)
     where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
     hidden_BTD, _, aux = model.apply(params, batch.tokens_BT, **where, key=key)
-    head, mask_BT = model.head(params), batch.mask_BT.astype(jnp.float32)
+    head, mask_BT = model.whole_head(model.head(params)), batch.mask_BT.astype(jnp.float32)
 
     @jax.checkpoint  # logits of a chunk are computed again in the backward pass
     def body(total, chunk):
@@ -103,7 +103,7 @@ def teach(
     """
     where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
     hidden_BTD, _, _ = model.apply(params, batch.tokens_BT, **where)
-    head, count = model.head(params), min(config.top_k, vocab)
+    head, count = model.whole_head(model.head(params)), min(config.top_k, vocab)
 
     def body(_, hidden):
         logits = model.unembed(head, hidden)

@@ -18,7 +18,8 @@ from jaxllm.model.build import Model, Params
 from jaxllm.weights.bind import bind
 
 #: Most logits that a CPU device holds at once: 8 MiB of float32, with which a step of a small model is 5 % faster than
-#: with 16. An accelerator holds 64 times as many (512 MiB): small products would leave it idle.
+#: with 16. An accelerator holds 32 times as many (256 MiB), and at least those of 1,024 positions: in smaller products
+#: it would wait for the head and its gradient to be read.
 CHUNK_LOGITS = 1 << 21
 
 Metrics = dict[str, Any]
@@ -56,17 +57,19 @@ def cross_entropy(model: Model, head, hidden_BTD, targets_BT, mask_BT, z_loss: f
     forward pass, chunk by chunk, so that no logits are kept or computed twice. Any weight type can be the head.
     """
     chunks = chunks_of(model, hidden_BTD.shape)
-    loss, ce = _cross_entropy(model.unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT)
+    how = model.whole_head, model.unembed, chunks, z_loss
+    loss, ce = _cross_entropy(how, head, hidden_BTD, targets_BT, mask_BT)
     return loss, jax.lax.stop_gradient(ce)
 
 
 def chunks_of(model: Model, shape) -> int:
     """Into how many chunks positions `[B, T, ...]` are cut, so that their logits fit."""
     (B, T, _), vocab = shape, model.config.padded_vocab
-    cpu = model.sharding.platform == "cpu"
-    held = CHUNK_LOGITS * model.sharding.spread * (1 if cpu else 64)
+    cpu, devices = model.sharding.platform == "cpu", model.sharding.spread
+    held = CHUNK_LOGITS * devices * (1 if cpu else 32)
     # With a large vocabulary a product of few rows would be slow: 128 take less than half the time of 8 at 262,144.
-    wanted = max(2 if cpu else 1, min(math.ceil(B * T * vocab / held), B * T // 128))
+    few, most = (2, B * T // 128) if cpu else (1, B * T // (1024 * devices))
+    wanted = max(few, min(math.ceil(B * T * vocab / held), most))
     return next((n for n in range(min(wanted, T), T + 1) if T % n == 0), T)
 
 
@@ -92,8 +95,11 @@ def join(x_C):
     return jnp.moveaxis(x_C, 0, 2).reshape(B, J * C, *x_C.shape[3:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _cross_entropy(unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(how, head, hidden_BTD, targets_BT, mask_BT):
+    whole_head, unembed, chunks, z_loss = how
+    head = whole_head(head)
+
     def body(total, chunk):
         hidden, targets, mask = chunk
         return jax.tree.map(jnp.add, total, _losses(unembed(head, hidden), targets, mask, z_loss)[:2]), None
@@ -102,25 +108,29 @@ def _cross_entropy(unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_B
     return jax.lax.scan(body, (jnp.zeros(()), jnp.zeros(())), xs)[0]
 
 
-def _forward(unembed, chunks, z_loss, head, hidden_BTD, targets_BT, mask_BT):
-    floating, rest, merge = _differentiable(head)
+def _forward(how, head, hidden_BTD, targets_BT, mask_BT):
+    whole_head, unembed, chunks, z_loss = how
+    parts, rest, merge = _differentiable(head)
+    floating, scatter = jax.vjp(lambda parts: _differentiable(whole_head(merge(parts, rest)))[0], parts)
+    rest = _differentiable(whole_head(head))[1]
 
     def body(carry, chunk):
         hidden, targets, mask = chunk
-
         logits, pull = jax.vjp(lambda floating, hidden: unembed(merge(floating, rest), hidden), floating, hidden)
         loss, ce, d_logits = _losses(logits, targets, mask, z_loss)
         d_head, d_hidden = pull(d_logits)
-        return jax.tree.map(jnp.add, carry, (loss, ce, d_head)), d_hidden
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, (loss, ce, d_head)), d_hidden
 
     zero = (jnp.zeros(()), jnp.zeros(()), [jnp.zeros(x.shape, jnp.float32) for x in floating])
     xs = tuple(split(x, chunks) for x in (hidden_BTD, targets_BT, mask_BT))
     (loss, ce, d_head), d_hidden = jax.lax.scan(body, zero, xs)
-    d_head = [d.astype(x.dtype) for d, x in zip(d_head, floating, strict=True)]
+    (d_head,) = scatter([d.astype(x.dtype) for d, x in zip(d_head, floating, strict=True)])
+    # Summed over the devices before anything else, or the whole of it would stay in memory through the backward pass.
+    d_head, d_hidden = jax.lax.optimization_barrier((d_head, d_hidden))
     return (loss, ce), (merge(d_head, [None] * len(rest)), join(d_hidden))
 
 
-def _backward(unembed, chunks, z_loss, saved, cotangents):
+def _backward(how, saved, cotangents):
     scaled = jax.tree.map(lambda d: (cotangents[0] * d).astype(d.dtype), saved)
     return *scaled, None, None
 

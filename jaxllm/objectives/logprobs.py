@@ -20,7 +20,7 @@ def token_logprobs(model: Model, params: Params, batch: TokenBatch, key=None) ->
     params = bind(params, key=key)
     where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
     hidden_BTD, _, _ = model.apply(params, batch.tokens_BT, **where, key=key)
-    head = model.head(params)
+    head = model.whole_head(model.head(params))
 
     @jax.checkpoint
     def body(_, chunk):
