@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -165,6 +166,55 @@ class Sharding:
         for groups in _stages(self.mesh, axis):
             x = jax.lax.all_gather(x, axis, axis=dim, tiled=True, axis_index_groups=groups)
         return x
+
+    def across(self, axis: str) -> str | None:
+        """The mesh axis, where it is more than one device and the code at hand sees the part of one."""
+        return axis if axis in self.manual and self.mesh.shape[axis] > 1 else None
+
+    def order(self, length: int) -> np.ndarray:
+        """The places in a row of the tokens that devices along the context axis hold, one device after another.
+
+        Device i of n holds pieces i and 2n - 1 - i of 2n, so that each has as much causal attention to compute; where
+        the length does not divide so, one piece each.
+        """
+        n = self.mesh.shape["context"]
+        pieces = np.arange(length).reshape(2 * n, -1) if length % (2 * n) == 0 else np.arange(length).reshape(n, -1)
+        if len(pieces) == n:
+            return pieces.reshape(-1)
+        return np.concatenate([pieces[j] for i in range(n) for j in (i, 2 * n - 1 - i)])
+
+    def part(self, x: jax.Array, dim: int = 1) -> jax.Array:
+        """This device's part of whole rows, in the order of `order`."""
+        if self.across("context") is None:
+            return x
+        size = x.shape[dim] // self.mesh.shape["context"]
+        mine = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.order(x.shape[dim])), self.piece * size, size)
+        return jnp.take(x, mine, axis=dim)
+
+    def whole(self, x: jax.Array, dim: int = 1) -> jax.Array:
+        """Whole rows, in their natural order, of the parts that devices along the context axis hold."""
+        if self.across("context") is None:
+            return x
+        x = self.gather(x, "context", dim)
+        n, back = self.mesh.shape["context"], np.argsort(self.order(x.shape[dim]))
+        runs = 2 * n if x.shape[dim] % (2 * n) == 0 else n  # whole pieces move: a gather of single tokens would be slow
+        pieces = x.reshape(*x.shape[:dim], runs, -1, *x.shape[dim + 1 :])
+        size = x.shape[dim] // runs
+        return jnp.concatenate([jax.lax.index_in_dim(pieces, int(i), dim, False) for i in back[::size] // size], dim)
+
+    @property
+    def piece(self):
+        """The place of this device along the context axis."""
+        return jax.lax.axis_index("context")
+
+    @property
+    def first_part(self):
+        """Whether no other device holds an earlier part of the same rows."""
+        return self.piece == 0 if self.across("context") else True
+
+    def row_total(self, x):
+        """Sums over the devices that hold other parts of the same rows."""
+        return jax.lax.psum(x, "context") if self.across("context") else x
 
     def total(self, x):
         """Sums over the devices that hold other rows, where the code at hand sees the rows of one."""

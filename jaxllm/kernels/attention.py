@@ -11,11 +11,12 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.errors import SettingsError
+from jaxllm.kernels import ring as rings
 from jaxllm.kernels.backend import platform
 from jaxllm.kernels.blockwise import blockwise
 from jaxllm.kernels.cudnn import cudnn, lacks
 from jaxllm.kernels.reference import NO_HEADS, SAVED, Form, PerHead, Where, reference
-from jaxllm.kernels.splash import LANES, splash
+from jaxllm.kernels.splash import LANES, fits, splash
 from jaxllm.sharding import Sharding
 
 __all__ = ["Form", "PerHead", "Where", "attention"]
@@ -33,12 +34,17 @@ def attention(
     *,
     kind: str,
     sharding: Sharding | None = None,
+    ring: bool = False,
 ) -> jax.Array:
     """`o_BTNH` by the kernel named `kind`, or by the best one for the mesh of `sharding` with "auto".
+
+    Where devices hold parts of a row each (`Sharding.across`), keys and values are gathered, or travel in a ring.
 
     All but "reference" are for self-attention: key s lies at index s of the same rows as the queries.
     Raises SettingsError for a kernel that the mesh or the kind of attention lacks.
     """
+    if sharding is not None and sharding.across("context"):
+        return _across(q_BTNH, k_BKSH, v_BKSH, form, where, heads, kind, sharding, ring)
     if kind == "auto":
         kind, why = _best(q_BTNH, v_BKSH, form, where, heads, sharding)
         _say(f"attention: {kind} ({why})")
@@ -53,6 +59,39 @@ def attention(
     return checkpoint_name(reference(q_BTNH, k_BKSH, v_BKSH, form, where, heads), SAVED)
 
 
+def _across(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead, kind, sharding: Sharding, in_ring: bool):
+    """Attention of the queries that this device holds to all keys of their rows."""
+    parts = sharding.mesh.shape["context"]
+    length = q_BTNH.shape[1] * parts
+    if in_ring:
+        if kind not in ("auto", "blockwise"):
+            raise SettingsError(f"kernels.attention={kind}: ring attention is blockwise; set it to auto")
+        _say("attention: blockwise, keys and values in a ring (kernels.context=ring)")
+        halves = length % (2 * parts) == 0
+        return rings.ring(q_BTNH, k_BKSH, v_BKSH, form, where, heads, axis="context", halves=halves)
+    k_BKSH, v_BKSH = (sharding.whole(x, 2) for x in (k_BKSH, v_BKSH))
+    positions, segments = (None if x is None else sharding.whole(x) for x in (where[1], where[3]))
+    where = Where(where.q_positions_BT, positions, where.q_segments_BT, segments)
+    missing = _splash_lacks(heads) or (
+        None if fits(length, parts) else f"rows of {length} tokens in {2 * parts} pieces"
+    )
+    if kind == "splash" and (missing or platform() != "tpu"):
+        raise SettingsError(f"kernels.attention=splash: {missing or f'this mesh is of {platform()}'}; set it to auto")
+    if kind in ("auto", "splash") and platform() == "tpu" and not missing:
+        _say("attention: splash, keys and values gathered (parallel.context)")
+        return splash(q_BTNH, k_BKSH, v_BKSH, form, where, heads, sharding=sharding, parts=parts)
+    if kind == "reference":
+        return checkpoint_name(reference(q_BTNH, k_BKSH, v_BKSH, form, where, heads), SAVED)
+    if kind == "cudnn":
+        raise SettingsError(f"kernels.attention=cudnn needs whole rows, and parallel.context={parts} splits them")
+    _say(f"attention: blockwise, keys and values gathered ({missing or f'parallel.context on {platform()}'})")
+    return blockwise(q_BTNH, k_BKSH, v_BKSH, form, where, heads, aligned=False)
+
+
+def _splash_lacks(heads: PerHead) -> str | None:
+    return "splash attention has no ALiBi" if heads.slopes_N is not None else None
+
+
 def _best(q_BTNH, v_BKSH, form: Form, where: Where, heads: PerHead, sharding: Sharding | None) -> tuple[str, str]:
     """The kernel and the reason."""
     if _split(sharding):
@@ -65,8 +104,8 @@ def _best(q_BTNH, v_BKSH, form: Form, where: Where, heads: PerHead, sharding: Sh
         return ("blockwise", missing) if missing else ("cudnn", "on GPU")
     if platform() != "tpu":
         return "blockwise", f"on {platform()}"
-    if heads.slopes_N is not None:
-        return "blockwise", "splash attention has no ALiBi"
+    if missing := _splash_lacks(heads):
+        return "blockwise", missing
     if T < LANES:
         return "blockwise", f"rows of {T} tokens, and splash attention works on blocks of {LANES}"
     return "splash", "on TPU"
@@ -87,8 +126,8 @@ def _check(kind: str, q_BTNH, v_BKSH, form: Form, where: Where, heads: PerHead, 
         )
     if kind == "cudnn" and (missing := lacks(q_BTNH, v_BKSH, form, where, heads, sharding)):
         raise SettingsError(f"kernels.attention=cudnn: {missing}; set kernels.attention=auto or blockwise")
-    if kind == "splash" and heads.slopes_N is not None:
-        raise SettingsError("kernels.attention=splash has no ALiBi; set kernels.attention=auto or blockwise")
+    if kind == "splash" and (missing := _splash_lacks(heads)):
+        raise SettingsError(f"kernels.attention=splash: {missing}; set kernels.attention=auto or blockwise")
 
 
 def _split(sharding: Sharding | None) -> bool:

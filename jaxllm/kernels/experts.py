@@ -11,11 +11,14 @@ import jax.numpy as jnp
 
 from jaxllm.kernels.backend import platform
 
+#: Rows that the TPU kernel computes at a time.
+TILE = 512
+
 
 def rows_needed(rows: int, experts: int, block: int) -> int:
     """A static bound on the padded rows: every expert can waste at most `block - 1` of them."""
     if block == 1:
-        return rows
+        return -(-rows // TILE) * TILE if platform() == "tpu" else rows
     return -(-rows // block) * block + min(experts, rows) * block
 
 
@@ -40,11 +43,19 @@ def owners(sizes_E: jax.Array, rows: int, block: int = 1) -> jax.Array:
 def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, block: int) -> jax.Array:
     """`y_MF`: rows of expert e times `w_EDF[e]`; `sizes_E` counts each expert's rows, padding included.
 
-    Rows past the sum of `sizes_E` give garbage (block > 1) or zeros (block = 1); nobody reads them.
+    Rows past the sum of `sizes_E` give garbage; nobody reads them.
     """
     if block == 1:
-        return jax.lax.ragged_dot(x_MD, w_EDF, sizes_E)
+        return _on_tpu(x_MD, w_EDF, sizes_E) if platform() == "tpu" else jax.lax.ragged_dot(x_MD, w_EDF, sizes_E)
     x_CRD = x_MD.reshape(-1, block, x_MD.shape[-1])
     expert_C = owners(sizes_E, x_MD.shape[0], block)
     y_CRF = jnp.einsum("CRD,CDF->CRF", x_CRD, w_EDF[expert_C])
     return y_CRF.reshape(-1, w_EDF.shape[-1])
+
+
+def _on_tpu(x_MD, w_EDF, sizes_E):
+    """The Pallas kernel that comes with JAX (MegaBlocks, arXiv 2211.15841): tiles past the last group are skipped."""
+    from jax.experimental.pallas.ops.tpu.megablox import ops
+
+    side = min(1024, max(128, *w_EDF.shape[1:]))
+    return ops.gmm(x_MD, w_EDF, sizes_E, x_MD.dtype, (TILE, side, side))

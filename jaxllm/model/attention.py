@@ -11,7 +11,7 @@ from jaxllm.kernels.attention import Form, PerHead, Where, attention
 from jaxllm.model.cache import LayerCache
 from jaxllm.model.param import norm_scale, normal, rms, zeros
 from jaxllm.model.rope import alibi_slopes, rotate
-from jaxllm.model.spec import AttnSpec, ModelConfig
+from jaxllm.model.spec import AttnSpec, Kernels, ModelConfig
 from jaxllm.sharding import Sharding
 from jaxllm.weights.seam import einsum, unwrap
 
@@ -42,7 +42,7 @@ class Attention(nnx.Module):
             self.sinks = zeros((N,), ("heads",))
 
     def __call__(
-        self, x_BTD, *, positions_BT, segments_BT, rope, sharding, kind: str, cache: LayerCache | None = None
+        self, x_BTD, *, positions_BT, segments_BT, rope, sharding, kernels: Kernels, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """`(y_BTD, cache)`; `rope` holds `cos_BTR, sin_BTR`, or None; with a cache, queries see what it holds."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
@@ -57,9 +57,9 @@ class Attention(nnx.Module):
             v_BKSH = sharding.constrain(v_BTKH.swapaxes(1, 2), "batch", "kv_heads", None, None)
             where = Where(positions_BT, positions_BT, segments_BT, segments_BT)
         else:
-            (k_BKSH, v_BKSH), kind = cache.read(q_BTNH.dtype), "reference"
+            k_BKSH, v_BKSH = cache.read(q_BTNH.dtype)
             where = Where(positions_BT, cache.positions_BS)
-        o_BTNH = attend(self, q_BTNH, k_BKSH, v_BKSH, where, kind, sharding)
+        o_BTNH = attend(self, q_BTNH, k_BKSH, v_BKSH, where, sharding, kernels if alone else None)
         y_BTD = einsum("BTNH,NHD->BTD", o_BTNH, self.o)
         if self.spec.out_bias:
             y_BTD = y_BTD + unwrap(self.o_bias).astype(y_BTD.dtype)
@@ -82,11 +82,15 @@ class Attention(nnx.Module):
         return rms(self.config, flat, unwrap(scale).reshape(-1)).reshape(x_BTNH.shape)
 
 
-def attend(layer: nnx.Module, q_BTNH, k_BKSH, v_BKSH, where: Where, kind: str, sharding: Sharding) -> jax.Array:
-    """The attention kernel with what the spec of this layer says: scale, window, soft-cap, slopes and sinks."""
+def attend(layer: nnx.Module, q_BTNH, k_BKSH, v_BKSH, where: Where, sharding: Sharding, kernels: Kernels | None):
+    """The attention kernel with what the spec of this layer says: scale, window, soft-cap, slopes and sinks.
+
+    kernels: None where keys are those of a cache, which only the reference reads.
+    """
     spec = layer.spec
     scale = spec.scale if spec.scale is not None else layer.config.qk_dim(spec) ** -0.5
     slopes = jax.numpy.asarray(alibi_slopes(spec.heads)) if spec.alibi else None
     heads = PerHead(slopes, unwrap(layer.sinks) if spec.sinks else None)
     form = Form(scale, spec.window, spec.softcap)
-    return attention(q_BTNH, k_BKSH, v_BKSH, form, where, heads, kind=kind, sharding=sharding)
+    how = dict(kind=kernels.attention, ring=kernels.context == "ring") if kernels else dict(kind="reference")
+    return attention(q_BTNH, k_BKSH, v_BKSH, form, where, heads, sharding=sharding, **how)

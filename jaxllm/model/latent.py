@@ -16,7 +16,7 @@ from jaxllm.model.attention import attend
 from jaxllm.model.cache import LayerCache
 from jaxllm.model.param import norm_scale, normal, rms, zeros
 from jaxllm.model.rope import rotate
-from jaxllm.model.spec import AttnSpec, ModelConfig
+from jaxllm.model.spec import AttnSpec, Kernels, ModelConfig
 from jaxllm.sharding import Sharding
 from jaxllm.weights.seam import einsum, unwrap
 
@@ -46,7 +46,7 @@ class LatentAttention(nnx.Module):
             self.sinks = zeros((N,), ("heads",))
 
     def __call__(
-        self, x_BTD, *, positions_BT, segments_BT, rope, sharding, kind: str, cache: LayerCache | None = None
+        self, x_BTD, *, positions_BT, segments_BT, rope, sharding, kernels: Kernels, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """`(y_BTD, cache)`; `rope` holds `cos_BTR, sin_BTR`, or None; with a cache, queries see what it holds."""
         q_BTNH, q_BTNR = self._queries(x_BTD)
@@ -59,7 +59,7 @@ class LatentAttention(nnx.Module):
             cache = cache.write(jnp.concatenate([c_BTC[:, :, None], k_BT1R], axis=-1), None, positions_BT)
         if alone:
             where = Where(positions_BT, positions_BT, segments_BT, segments_BT)
-            o_BTNU = self._expanded(q_BTNH, q_BTNR, c_BTC, k_BT1R, where, sharding, kind)
+            o_BTNU = self._expanded(q_BTNH, q_BTNR, c_BTC, k_BT1R, where, sharding, kernels)
         else:
             o_BTNU = self._compressed(q_BTNH, q_BTNR, cache, Where(positions_BT, cache.positions_BS), sharding)
         y_BTD = einsum("BTNU,NUD->BTD", o_BTNU, self.o)
@@ -77,7 +77,7 @@ class LatentAttention(nnx.Module):
         H = self.config.head_dim(self.spec)
         return q[..., :H], q[..., H:]
 
-    def _expanded(self, q_BTNH, q_BTNR, c_BTC, k_BT1R, where: Where, sharding: Sharding, kind: str):
+    def _expanded(self, q_BTNH, q_BTNR, c_BTC, k_BT1R, where: Where, sharding: Sharding, kernels: Kernels):
         """Keys and values of every head in full, as the equations have it."""
         k_BTNH = einsum("BTC,CNH->BTNH", c_BTC, self.k_up)
         k_BTNR = jnp.broadcast_to(k_BT1R, q_BTNR.shape)
@@ -85,7 +85,7 @@ class LatentAttention(nnx.Module):
         k = checkpoint_name(jnp.concatenate([k_BTNH, k_BTNR], axis=-1), "k").swapaxes(1, 2)
         v = checkpoint_name(einsum("BTC,CNU->BTNU", c_BTC, self.v_up), "v").swapaxes(1, 2)
         k, v = (sharding.constrain(x, "batch", "heads", None, None) for x in (k, v))
-        return attend(self, checkpoint_name(q, "q"), k, v, where, kind, sharding)
+        return attend(self, checkpoint_name(q, "q"), k, v, where, sharding, kernels)
 
     def _compressed(self, q_BTNH, q_BTNR, cache: LayerCache, where: Where, sharding: Sharding):
         """The same on what the cache holds, with k_up taken into the queries and v_up into the outputs.
@@ -96,7 +96,7 @@ class LatentAttention(nnx.Module):
         q = sharding.constrain(jnp.concatenate([q_BTNC, q_BTNR], axis=-1), "batch", "seq", "heads", None)
         # The values are the keys' first C dimensions: a slice of the cache would be copied, one of the output is not.
         k_BKSH, _ = cache.read(q.dtype)
-        o_BTNC = attend(self, q, k_BKSH, k_BKSH, where, "reference", sharding)[..., : q_BTNC.shape[-1]]
+        o_BTNC = attend(self, q, k_BKSH, k_BKSH, where, sharding, None)[..., : q_BTNC.shape[-1]]
         return einsum("BTNC,CNU->BTNU", o_BTNC, self.v_up)
 
     def _norm(self, x, scale):

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxllm.kernels import exchange
 from jaxllm.kernels.experts import block_size, rows_needed
 from jaxllm.model.mlp import GATED, Mlp, activate
 from jaxllm.model.param import normal, zeros
 from jaxllm.model.spec import MlpSpec, ModelConfig, MoeSpec
+from jaxllm.sharding import Sharding
 from jaxllm.weights.seam import einsum, grouped_matmul, unwrap
 
 
@@ -59,7 +61,7 @@ class Moe(nnx.Module):
             shared = MlpSpec(ffw=spec.shared_ffw, activation=spec.activation, bias=spec.bias)
             self.shared = Mlp(shared, config, rngs)
 
-    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, MoeAux]:
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array, sharding: Sharding) -> tuple[jax.Array, MoeAux]:
         """`(y_BTD, aux)`; `real_BT` marks the tokens that count in the losses and take capacity."""
         logits_BTE = einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.router)
         if self.spec.router_bias:
@@ -67,10 +69,12 @@ class Moe(nnx.Module):
         scores_BTE = jax.nn.softmax(logits_BTE) if self.spec.score == "softmax" else jax.nn.sigmoid(logits_BTE)
         chosen_BTX, gates_BTX = self._choose(scores_BTE)
         mix = self._dropless if self.spec.capacity_factor is None else self._with_capacity
-        y_BTD, kept_BTX = mix(x_BTD, chosen_BTX, gates_BTX.astype(x_BTD.dtype), real_BT)
+        y_BTD, kept_BTX = mix(x_BTD, chosen_BTX, gates_BTX.astype(x_BTD.dtype), real_BT, sharding.across("expert"))
         if self.spec.shared_ffw:
             y_BTD = y_BTD + self.shared(x_BTD)
-        return checkpoint_name(y_BTD, "mlp_out"), self._aux(logits_BTE, scores_BTE, chosen_BTX, kept_BTX, real_BT)
+        return checkpoint_name(y_BTD, "mlp_out"), self._aux(
+            logits_BTE, scores_BTE, chosen_BTX, kept_BTX, real_BT, sharding
+        )
 
     def _choose(self, scores_BTE):
         """The experts of each token and their weights; a balancing bias moves the choice, never the weight."""
@@ -94,25 +98,41 @@ class Moe(nnx.Module):
         allowed = jnp.any(jax.nn.one_hot(chosen, spec.groups, dtype=bool), axis=2)
         return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(ranking_BTE.shape)
 
-    def _dropless(self, x_BTD, chosen_BTX, gates_BTX, real_BT):
-        """Every choice is computed: rows are sorted by expert and multiplied group by group."""
+    def _dropless(self, x_BTD, chosen_BTX, gates_BTX, real_BT, axis: str | None):
+        """Every choice is computed: rows are sorted by expert and multiplied group by group.
+
+        `axis`: the mesh axis whose devices hold an equal part of the experts each; rows travel there and back.
+        """
         B, T, D = x_BTD.shape
         X, E = self.spec.experts_per_token, self.spec.experts
-        block = block_size(B * T * X, E)
-        slot_R, sizes_E = _layout(chosen_BTX.reshape(-1), E, block)
-        row_of_slot = jnp.full((rows_needed(B * T * X, E, block),), B * T, jnp.int32)
-        row_of_slot = row_of_slot.at[slot_R].set(jnp.arange(B * T * X, dtype=jnp.int32) // X)
-        x_MD = jnp.take(x_BTD.reshape(B * T, D), row_of_slot, axis=0, mode="fill", fill_value=0)
+        rows, flat = B * T * X, x_BTD.reshape(B * T, D)
+        if axis is None:
+            block = block_size(rows, E)
+            slot_R, sizes_E = _layout(chosen_BTX.reshape(-1), E, block)
+            token_M = jnp.full((rows_needed(rows, E, block),), B * T, jnp.int32)
+            token_M = token_M.at[slot_R].set(jnp.arange(rows, dtype=jnp.int32) // X)
+            y_MD = self._grouped(jnp.take(flat, token_M, axis=0, mode="fill", fill_value=0), sizes_E, block)
+            y_RD = y_MD[slot_R]
+        else:
+            ways = jax.lax.axis_size(axis)
+            block = block_size(rows * ways, E)
+            slot_R, counts_E = _layout(chosen_BTX.reshape(-1), E, 1)
+            travel, sizes_E = exchange.plan(counts_E, axis, block)
+            token_R = jnp.zeros(rows, jnp.int32).at[slot_R].set(jnp.arange(rows, dtype=jnp.int32) // X)
+            x_MD = travel.out(flat[token_R], rows_needed(rows * ways, E // ways, block))
+            y_RD = travel.back(self._grouped(x_MD, sizes_E, block), rows)[slot_R]
+        return jnp.einsum("BTXD,BTX->BTD", y_RD.reshape(B, T, X, D), gates_BTX), jnp.ones(chosen_BTX.shape, bool)
+
+    def _grouped(self, x_MD, sizes_E, block: int):
+        """The experts on rows laid out expert-major."""
 
         def spread(bias):
             expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_MD.shape[0]), side="right")
             return jnp.take(bias, expert_M, axis=0, mode="clip")  # nobody reads the rows after the last expert's
 
-        y_MD = self._experts(lambda x, w: grouped_matmul(x, w, sizes_E, block=block), spread, x_MD)
-        y_BTXD = y_MD[slot_R].reshape(B, T, X, D)
-        return jnp.einsum("BTXD,BTX->BTD", y_BTXD, gates_BTX), jnp.ones(chosen_BTX.shape, bool)
+        return self._experts(lambda x, w: grouped_matmul(x, w, sizes_E, block=block), spread, x_MD)
 
-    def _with_capacity(self, x_BTD, chosen_BTX, gates_BTX, real_BT):
+    def _with_capacity(self, x_BTD, chosen_BTX, gates_BTX, real_BT, axis: str | None):
         """Each expert takes at most C tokens of a row, in order of choice, then position (GShard, arXiv 2006.16668).
 
         Rows are separate, so what is dropped does not depend on accumulation or the number of devices.
@@ -129,7 +149,11 @@ class Moe(nnx.Module):
         token_BS = jnp.full((B, E * C), T, jnp.int32).at[row_B1, slot_BR].set(token_R, mode="drop")
         padded_BTD = jnp.concatenate([x_BTD, jnp.zeros((B, 1, D), x_BTD.dtype)], axis=1)
         x_BECD = padded_BTD[row_B1, token_BS].reshape(B, E, C, D)
+        if axis is not None:  # each device its experts, with the rows of all
+            x_BECD = jax.lax.all_to_all(x_BECD, axis, split_axis=1, concat_axis=0, tiled=True)
         y_BECD = self._experts(lambda x, w: einsum("BECD,EDF->BECF", x, w), lambda bias: bias[:, None], x_BECD)
+        if axis is not None:
+            y_BECD = jax.lax.all_to_all(y_BECD, axis, split_axis=0, concat_axis=1, tiled=True)
         y_BSD = y_BECD.reshape(B, E * C, D)
         y_BRD = jnp.where(keep_BR[..., None], y_BSD[row_B1, jnp.minimum(slot_BR, E * C - 1)], 0)
         y_BTXD = jnp.swapaxes(y_BRD.reshape(B, X, T, D), 1, 2)
@@ -147,26 +171,27 @@ class Moe(nnx.Module):
         up = checkpoint_name(linear("up", x), "up")
         return linear("down", activate(self.spec.activation, gate, up))
 
-    def _aux(self, logits_BTE, scores_BTE, chosen_BTX, kept_BTX, real_BT) -> MoeAux:
+    def _aux(self, logits_BTE, scores_BTE, chosen_BTX, kept_BTX, real_BT, sharding: Sharding) -> MoeAux:
         spec, E = self.spec, self.spec.experts
-        real_BT1 = real_BT[..., None].astype(jnp.float32)
-        tokens_B = jnp.maximum(jnp.sum(real_BT1, axis=(1, 2)), 1)
+        real_BT1, row_total = real_BT[..., None].astype(jnp.float32), sharding.row_total
         counts_BE = jnp.sum(jax.nn.one_hot(chosen_BTX, E).sum(axis=2) * real_BT1, axis=1)
+        tokens_B = jnp.maximum(row_total(jnp.sum(real_BT1, axis=(1, 2))), 1)
         probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True) if spec.score == "sigmoid" else scores_BTE
         # Switch Transformer (arXiv 2101.03961), equation 4, with X choices: E * sum_e share_e * mean probability_e.
-        share_BE = counts_BE / (tokens_B[:, None] * spec.experts_per_token)
-        prob_BE = jnp.sum(probs_BTE * real_BT1, axis=1) / tokens_B[:, None]
+        share_BE = row_total(counts_BE) / (tokens_B[:, None] * spec.experts_per_token)
+        prob_BE = row_total(jnp.sum(probs_BTE * real_BT1, axis=1)) / tokens_B[:, None]
         if spec.balance == "batch":
-            total = jnp.sum(tokens_B)
-            share_BE = jnp.broadcast_to(tokens_B @ share_BE / total, share_BE.shape)
-            prob_BE = jnp.broadcast_to(tokens_B @ prob_BE / total, prob_BE.shape)
+            total, share_E, prob_E = sharding.total((jnp.sum(tokens_B), tokens_B @ share_BE, tokens_B @ prob_BE))
+            share_BE, prob_BE = (jnp.broadcast_to(x_E / total, share_BE.shape) for x_E in (share_E, prob_E))
         balance_B = E * jnp.sum(share_BE * prob_BE, axis=-1)
         z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)) * real_BT
-        z_B = jnp.sum(z_BT, axis=1) / tokens_B
+        z_B = row_total(jnp.sum(z_BT, axis=1)) / tokens_B
         coef = (
             (0.01 if spec.balance_coef is None else spec.balance_coef) if spec.balance in ("sequence", "batch") else 0.0
         )
-        dropped_B = jnp.sum(~kept_BTX & real_BT[..., None], axis=(1, 2)) / (tokens_B * spec.experts_per_token)
+        dropped_B = row_total(jnp.sum(~kept_BTX & real_BT[..., None], axis=(1, 2))) / (
+            tokens_B * spec.experts_per_token
+        )
         return MoeAux(coef * balance_B + spec.z_coef * z_B, balance_B, z_B, dropped_B, jnp.sum(counts_BE, axis=0))
 
 

@@ -71,18 +71,12 @@ def _llama3(rope: RopeSpec, plain):
     return plain * blend + plain / rope.factor * (1 - blend)
 
 
-def tables(
-    rope: RopeSpec, head: int, positions_BT: jax.Array, lengths_B=None, segments_BT=None
-) -> tuple[jax.Array, jax.Array]:
+def tables(rope: RopeSpec, head: int, positions_BT: jax.Array, length_BT=None) -> tuple[jax.Array, jax.Array]:
     """`cos_BTR, sin_BTR` in float32.
 
-    With dynamic NTK and LongRoPE a token's angles depend on how long its document is; that is how they are defined.
-    `lengths_B` says it where `positions_BT` holds a part of a row; by default it is read off them, for each of the
-    `segments_BT` by itself.
+    With dynamic NTK and LongRoPE a token's angles depend on how long its document is; that is how they are defined,
+    and what `length_BT` says (or `[B, 1]`; see `lengths`).
     """
-    length_BT = None
-    if rope.by_length:
-        length_BT = _lengths(positions_BT, segments_BT) if lengths_B is None else lengths_B[:, None]
     found, factor = frequencies(rope, head, length_BT)
     if rope.scaling == "dynamic_ntk":
         angle_BTR = positions_BT[..., None].astype(jnp.float32) * found.astype(jnp.float32)
@@ -94,7 +88,7 @@ def tables(
     return jnp.cos(angle_BTR) * factor, jnp.sin(angle_BTR) * factor
 
 
-def _lengths(positions_BT, segments_BT):
+def lengths(positions_BT, segments_BT):
     """The length of each token's document: one more than the position of its last token."""
     if segments_BT is None:
         return jnp.max(positions_BT, axis=1, keepdims=True) + 1

@@ -143,6 +143,9 @@ class Kernels:
     attention: Literal["auto", "splash", "cudnn", "blockwise", "reference"] = "auto"
     """Training attention: splash is for TPU, cudnn for GPU; blockwise goes by chunks with its own backward pass,
     reference holds all logits in memory. auto takes the best one for the devices and logs which, and why."""
+    context: Literal["gather", "ring"] = "gather"
+    """Where parallel.context splits rows: gather brings all keys and values of a row to each device, ring passes them
+    around, so that a device holds its own and those of one other."""
     unroll: int | None = None
     """Up to this many layers run unrolled, more are scanned; null means 8 on CPU (8 to 20 % faster), 0 elsewhere."""
     cache: Literal["float", "int8"] = "float"

@@ -23,7 +23,7 @@ from jaxllm.model.latent import LatentAttention
 from jaxllm.model.mlp import Mlp
 from jaxllm.model.moe import Moe, MoeAux
 from jaxllm.model.param import Norm, dropout, normal
-from jaxllm.model.rope import sinusoids, tables
+from jaxllm.model.rope import lengths, sinusoids, tables
 from jaxllm.model.spec import Kernels, LayerSpec, ModelConfig, RopeSpec, remat_policy_names
 from jaxllm.sharding import Sharding
 from jaxllm.weights.seam import take, unwrap
@@ -53,7 +53,7 @@ class Block(nnx.Module):
             segments_BT=context.segments_BT,
             rope=rope,
             sharding=context.sharding,
-            kind=context.attention,
+            kernels=context.kernels,
             cache=cache,
         )
         x_BTD = self._add(x_BTD, h, "attn", context, keys[0])
@@ -61,7 +61,7 @@ class Block(nnx.Module):
         if self.spec.mlp is not None:
             h = self.mlp(h)
         else:
-            h, aux = self.moe(h, context.real_BT)
+            h, aux = self.moe(h, context.real_BT, context.sharding)
         return self._add(x_BTD, h, "mlp", context, keys[1]), cache, aux
 
     def _before(self, x_BTD, part: str):
@@ -84,7 +84,7 @@ class Context:
     tables: tuple[tuple[jax.Array, jax.Array], ...]
     ropes: tuple[tuple[RopeSpec, int], ...] = dataclasses.field(metadata=dict(static=True))
     sharding: Sharding = dataclasses.field(metadata=dict(static=True))
-    attention: str = dataclasses.field(metadata=dict(static=True))
+    kernels: Kernels = dataclasses.field(metadata=dict(static=True))
 
     def rope(self, spec: RopeSpec | None, head: int) -> tuple[jax.Array, jax.Array] | None:
         """`cos_BTR, sin_BTR`, computed once for all layers that share them."""
@@ -152,14 +152,18 @@ class Transformer(nnx.Module):
         by_length = [rope.scaling for rope, _ in ropes if rope.by_length]
         if by_length and cache is not None and lengths_B is None:
             raise UserError(f"rope scaling {by_length[0]} goes by how long a row will be: give lengths_B with a cache")
+        length_BT = None
+        if by_length:
+            whole = [None if x is None else sharding.whole(x) for x in (positions_BT, segments_BT)]
+            length_BT = sharding.part(lengths(*whole)) if lengths_B is None else lengths_B[:, None]
         return Context(
             positions_BT=positions_BT,
             segments_BT=segments_BT,
             real_BT=positions_BT >= 0 if segments_BT is None else segments_BT > 0,
-            tables=tuple(tables(*pair, positions_BT, lengths_B, segments_BT) for pair in ropes),
+            tables=tuple(tables(*pair, positions_BT, length_BT) for pair in ropes),
             ropes=ropes,
             sharding=sharding,
-            attention=kernels.attention,
+            kernels=kernels,
         )
 
     def _embed(self, tokens_BT, context: Context, key, neftune, gather: Gather | None = None):

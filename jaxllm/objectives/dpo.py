@@ -41,8 +41,10 @@ def dpo(model: Model, params: Params, batch: TokenBatch, key=None, *, config: Dp
     """
     logprobs_BT = token_logprobs(model, params, batch, key)
     ratio_BT = (logprobs_BT - batch.reference_BT) * (batch.mask_BT > 0)
-    chosen_BP, rejected_BP = by_pair(config.beta * ratio_BT, batch.segments_BT)
-    there_BP = by_pair(batch.mask_BT, batch.segments_BT)[1] > 0
+    sums = by_pair(config.beta * ratio_BT, batch.segments_BT), by_pair(batch.mask_BT, batch.segments_BT)
+    # Where devices hold parts of the same rows, a pair is whole on each of them and counts on the first.
+    (chosen_BP, rejected_BP), (_, rejected_tokens_BP) = model.sharding.row_total(sums)
+    there_BP = (rejected_tokens_BP > 0) & model.sharding.first_part
     margin_BP = chosen_BP - rejected_BP
     smooth = config.label_smoothing
     loss_BP = -(1 - smooth) * jax.nn.log_sigmoid(margin_BP) - smooth * jax.nn.log_sigmoid(-margin_BP)

@@ -24,7 +24,7 @@ def sums(model: Model, objective: Objective, params: Params, batch, key) -> tupl
     local = model.local
 
     def on_a_device(params, batch, key):
-        return jax.lax.psum(objective(local, params, batch, key), model.sharding.by_row)
+        return jax.lax.psum(objective(local, params, _balanced(local, batch), key), model.sharding.by_row)
 
     return _mapped(model, on_a_device, params, batch, PartitionSpec())(params, batch, key)
 
@@ -48,7 +48,7 @@ def gradients(model: Model, objective: Objective, chosen: Params, frozen: Params
     kept = {path: names_of(leaf.sharding.spec) for path, leaf in tree.flatten(model.abstract).items()}
 
     def on_a_device(weights, batch, key):
-        found, grads = of_rows(model.local, *weights, batch, key)
+        found, grads = of_rows(model.local, *weights, _balanced(model.local, batch), key)
         # A weight that devices share came back as its own part, summed over them: the derivative of its gather.
         left = {path: tuple(axis for axis in by_row if axis not in axes) for path, axes in kept.items()}
         grads = tree.map_with_path(lambda path, g: jax.lax.psum(g, left[path]) if left[path] else g, grads)
@@ -56,6 +56,14 @@ def gradients(model: Model, objective: Objective, chosen: Params, frozen: Params
 
     out = PartitionSpec(), _specs(model, chosen)
     return _mapped(model, on_a_device, (chosen, frozen), batch, out)((chosen, frozen), batch, key)
+
+
+def _balanced(model: Model, batch):
+    """The batch with the tokens of each row in the order in which devices share them (`Sharding.order`)."""
+    sharding = model.sharding
+    if not sharding.across("context"):
+        return batch
+    return jax.tree.map(lambda x: sharding.part(sharding.gather(x, "context", 1)) if x.ndim > 1 else x, batch)
 
 
 def _mapped(model: Model, f, weights, batch, out):

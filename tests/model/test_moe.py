@@ -10,9 +10,11 @@ from flax import nnx
 from jaxllm.model import moe as module
 from jaxllm.model.moe import Moe, update_bias
 from jaxllm.model.spec import MoeSpec
+from jaxllm.sharding import make_sharding
 
 CONFIG = tiny.config()
 REAL = tiny.batch().segments_BT > 0
+ONE = make_sharding(devices=jax.devices()[:1])
 
 
 def layer(experts=4, ffw=24, **spec):
@@ -21,7 +23,7 @@ def layer(experts=4, ffw=24, **spec):
     graph, state = nnx.split(nnx.eval_shape(lambda: Moe(spec, CONFIG, nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape) * 0.3, x.dtype), nnx.to_pure_dict(state))
-    f = jax.jit(lambda params, x, real: nnx.merge(graph, params)(x, real))
+    f = jax.jit(lambda params, x, real: nnx.merge(graph, params)(x, real, ONE))
     return params, lambda params, x, real=REAL: f(params, x, real)
 
 

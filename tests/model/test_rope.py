@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from jaxllm.config import parse
-from jaxllm.model.rope import angles, frequencies, tables
+from jaxllm.model.rope import angles, frequencies, lengths, tables
 from jaxllm.model.spec import RopeSpec
 
 YARN = {"scaling": "yarn", "factor": 4.0, "original_context": 16}
@@ -27,12 +27,17 @@ def test_the_factor_on_cos_and_sin_is_the_one_given():
             assert frequencies(rope(**given, attention_factor=factor), 8, 1)[1] == factor
 
 
+def row_tables(spec, positions):
+    """Those of rows that are as long as they are here."""
+    return tables(spec, 8, jnp.asarray(positions), lengths(jnp.asarray(positions), None))
+
+
 @pytest.mark.fast
 def test_long_factors_are_for_rows_longer_than_the_original_context():
     """Rows of 16 and of 17 tokens in one batch; the angle of position 1 is the frequency."""
     positions = np.stack([np.r_[np.arange(16), -1], np.arange(17)])
     plain = 10_000.0 ** (-np.arange(4) / 4)
-    cos, sin = (np.asarray(x)[:, 1] for x in tables(rope(**LONG), 8, jnp.asarray(positions)))
+    cos, sin = (np.asarray(x)[:, 1] for x in row_tables(rope(**LONG), positions))
     np.testing.assert_allclose(np.arctan2(sin[0], cos[0]), plain / LONG["short_factors"], rtol=1e-6, atol=2e-9)
     np.testing.assert_allclose(np.arctan2(sin[1], cos[1]), plain / LONG["long_factors"], rtol=1e-6, atol=2e-9)
 
@@ -40,10 +45,10 @@ def test_long_factors_are_for_rows_longer_than_the_original_context():
 @pytest.mark.parametrize("spec", [LONG, {"scaling": "dynamic_ntk", "factor": 4.0, "original_context": 16}])
 def test_a_part_of_a_row_has_the_angles_of_the_whole(spec):
     positions = jnp.arange(40)[None]
-    whole = tables(rope(**spec), 8, positions)
-    part = tables(rope(**spec), 8, positions[:, :9], jnp.array([40]))
+    whole = row_tables(rope(**spec), positions)
+    part = tables(rope(**spec), 8, positions[:, :9], jnp.array([[40]]))
     assert tiny.bit_equal(part, tuple(x[:, :9] for x in whole))
-    alone = tables(rope(**spec), 8, positions[:, :9])
+    alone = row_tables(rope(**spec), positions[:, :9])
     assert tiny.worst(alone, part) > 0.1
 
 
