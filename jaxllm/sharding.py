@@ -264,22 +264,31 @@ def names_of(spec) -> tuple[str, ...]:
 def _stages(mesh: Mesh, axis: str) -> tuple[list[list[int]] | None, ...]:
     """Groups of devices for one gather after another along a mesh axis; (None,) for all at once.
 
-    libtpu knows a gather or a reduce-scatter over a part of a slice. Over the whole of it, it makes them an all-reduce,
-    which moves twice the bytes. So an axis that is the whole slice is done in two steps: along the last dimension of
-    the torus, with the small parts, then over the planes across it.
+    On TPU a gather or a reduce-scatter over a whole slice is made an all-reduce by libtpu, which moves twice the bytes.
+    Over one dimension of the torus after another it stays what it is, and can run beside products. The last dimension
+    comes first, with the small parts.
     """
     line = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
-    if line[0].platform != "tpu" or len(line) < mesh.devices.size // _slices(mesh.devices.flat):
+    if line[0].platform != "tpu":
         return (None,)
-    coords = [(*device.coords, getattr(device, "core_on_chip", 0)) for device in line]
-    moving = next(dim for dim, (a, b) in enumerate(zip(*coords[:2], strict=True)) if a != b)
-    fixed = [coord[:moving] + coord[moving + 1 :] for coord in coords]
-    inner = next((n for n, coord in enumerate(fixed) if coord != fixed[0]), len(line))
-    if inner in (1, len(line)) or len(line) % inner:
-        return (None,)
-    starts = range(0, len(line), inner)
-    along = [[start + i for i in range(inner)] for start in starts]
-    return along, [[start + i for start in starts] for i in range(inner)]
+    coords = np.array([(*device.coords, getattr(device, "core_on_chip", 0)) for device in line])
+    steps, stride, n = [], 1, len(line)
+    while stride < n:
+        size = _straight(coords[::stride])
+        if size < 2 or (n // stride) % size:
+            return (None,)
+        starts = [start + i for start in range(0, n, stride * size) for i in range(stride)]
+        steps.append([[start + stride * i for i in range(size)] for start in starts])
+        stride *= size
+    return tuple(steps) if len(steps) > 1 else (None,)
+
+
+def _straight(coords: np.ndarray) -> int:
+    """How many of these places `[n, dims]`, from the first one on, lie along one dimension."""
+    moving = np.flatnonzero(coords[1] != coords[0])
+    others = np.delete(coords, moving, axis=1)
+    straight = (others == others[0]).all(axis=1)
+    return len(coords) if straight.all() else int(np.argmin(straight))
 
 
 def _slices(devices) -> int:
