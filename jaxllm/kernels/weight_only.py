@@ -14,6 +14,8 @@ import jax.numpy as jnp
 LANES = 128
 OUTPUTS = 256
 INPUTS = 4096
+#: Rows of one product within a kernel: more of them make it longer to compile (2048: 10 s), not faster.
+ROWS = 256
 #: Fast memory for a block of rows, and for all of a kernel; a v5p has 64 MiB, a v6e 128.
 ROWS_BYTES, BYTES = 16 * 2**20, 56 * 2**20
 
@@ -46,7 +48,11 @@ def product(x_MI, codes_OP, scale_OG, zero_OG, coding: Coding, *, interpret: boo
     def kernel(x_ref, codes_ref, *refs):
         *columns, y_ref, w_ref, turned_ref = refs
         _decode(codes_ref, columns, w_ref, turned_ref, coding, group=inputs // columns[0].shape[0], first=0)
-        y_ref[...] = _dot(x_ref[...], w_ref[...], 1).astype(y_ref.dtype)
+
+        def multiply(some):
+            y_ref[some] = _dot(x_ref[some], w_ref[...], 1).astype(y_ref.dtype)
+
+        _by_rows(rows, multiply)
 
     columns = _columns(scale_OG, zero_OG, x_MI.dtype)
     y_MO = _call(
@@ -78,11 +84,16 @@ def product_back(dy_MO, codes_OP, scale_OG, zero_OG, coding: Coding, *, interpre
     def kernel(dy_ref, codes_ref, *refs):
         *columns, dx_ref, w_ref, turned_ref, sum_ref = refs
         group, first = all_inputs // columns[0].shape[0], pl.program_id(1) * inputs
+        begins, ends = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
         _decode(codes_ref, columns, w_ref, turned_ref, coding, group=group, first=first)
-        part = _dot(dy_ref[...], w_ref[...], 0)
-        sum_ref[...] = jnp.where(pl.program_id(2) == 0, part, sum_ref[...] + part)
 
-        @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+        def multiply(some):
+            part = _dot(dy_ref[some], w_ref[...], 0)
+            sum_ref[some] = jnp.where(begins, part, sum_ref[some] + part)
+
+        _by_rows(rows, multiply)
+
+        @pl.when(ends)
         def _():
             dx_ref[...] = sum_ref[...].astype(dx_ref.dtype)
 
@@ -115,10 +126,25 @@ def _block(size: int, most: int, step: int = LANES) -> int:
 
 def _padded(x_MX, bytes_of_a_row: int):
     """`(rows, x)`: rows of a block, as few blocks as fast memory allows, and x filled up to whole blocks."""
-    tiles = -(-len(x_MX) // 16)
-    blocks = -(-tiles * 16 * bytes_of_a_row // ROWS_BYTES)
-    rows = -(-tiles // blocks) * 16
+    step = 16 if len(x_MX) <= ROWS else ROWS
+    steps = -(-len(x_MX) // step)
+    blocks = -(-steps * step * bytes_of_a_row // ROWS_BYTES)
+    rows = -(-steps // blocks) * step
     return rows, jnp.pad(x_MX, ((0, blocks * rows - len(x_MX)), (0, 0)))
+
+
+def _by_rows(rows: int, multiply) -> None:
+    from jax.experimental import pallas as pl
+
+    if rows <= ROWS:
+        multiply(slice(None))
+        return
+
+    def some(n, _):
+        multiply(pl.ds(pl.multiple_of(n * ROWS, ROWS), ROWS))
+        return 0
+
+    jax.lax.fori_loop(0, rows // ROWS, some, 0)
 
 
 def _columns(scale_OG, zero_OG, dtype):

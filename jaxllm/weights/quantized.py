@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxllm.kernels import weight_only
+from jaxllm.kernels.backend import alone, platform
 from jaxllm.kernels.experts import grouped_matmul
 from jaxllm.kernels.quantized import int8_matmul
 from jaxllm.weights.axes import Axes
@@ -201,8 +203,46 @@ def _like(order, x):
 
 
 def _float_product(x, w: Quantized):
+    if _by_kernel(x, w):
+        return _kernel_product(x, w)
     # Recomputed in the backward pass: what is kept for it is the codes, not the values.
-    return jax.checkpoint(lambda x, w: jnp.einsum(_equation(w), x, w._values(x.dtype)))(x, w)
+    return jax.checkpoint(_plain_product)(x, w)
+
+
+def _plain_product(x, w: Quantized):
+    return jnp.einsum(_equation(w), x, w._values(x.dtype))
+
+
+def _by_kernel(x, w: Quantized) -> bool:
+    """Whether to take the Pallas kernel: on TPU, but for codes of a byte with one scale an output, which XLA decodes
+    on the way to the product by itself (`docs/benchmarks.md`)."""
+    kind, groups = get_format(w.format), w.form.inputs // w.group
+    if platform() != "tpu" or kind.dtype is not None or not alone():
+        return False
+    coded = kind.per_byte > 1 or groups > 1 or w.zero is not None
+    return coded and weight_only.fits(x, w.codes, groups, weight_only.Coding(kind.bits, kind.levels))
+
+
+@jax.custom_vjp
+def _kernel_product(x, w: Quantized):
+    y_MO = _kernel(weight_only.product, x, w)
+    return y_MO.reshape(*x.shape[:-1], -1)
+
+
+def _kernel_backward(saved, dy):
+    x, w = saved
+    dx = _kernel(weight_only.product_back, dy, w).reshape(x.shape)
+    (dw,) = jax.vjp(lambda w: _plain_product(x, w), w)[1](dy)  # of scales; seldom asked for, and then left out
+    return dx, dw
+
+
+def _kernel(product, x, w: Quantized):
+    kind = get_format(w.format)
+    coding = weight_only.Coding(kind.bits, kind.levels)
+    return product(x.reshape(-1, x.shape[-1]), w.codes, w.scales(), w.zero, coding, interpret=platform() == "cpu")
+
+
+_kernel_product.defvjp(lambda x, w: (_kernel_product(x, w), (x, w)), _kernel_backward)
 
 
 def _equation(w: Quantized) -> str:
