@@ -21,10 +21,13 @@ from jaxllm.errors import SettingsError, nearest
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-#: Logical axis -> the mesh axes that split it. "batch" and "seq" belong to activations, the rest to weights as well.
+#: Logical axis -> the mesh axes that split it. "batch", "seq" and "residual" belong to activations, the rest to weights
+#: as well. "residual" is the sequence between layers, where norms and sums are: devices that split heads split it there
+#: (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2).
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
     "seq": "context",
+    "residual": ("context", "tensor"),
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -170,6 +173,16 @@ class Sharding:
     def across(self, axis: str) -> str | None:
         """The mesh axis, where it is more than one device and the code at hand sees the part of one."""
         return axis if axis in self.manual and self.mesh.shape[axis] > 1 else None
+
+    def own_key(self, key: jax.Array | None) -> jax.Array | None:
+        """A key of this device's rows, where the code at hand sees those of one."""
+        if key is None or not (self.manual and self.by_row):
+            return key
+        return jax.random.fold_in(key, jax.lax.axis_index(self.by_row))
+
+    def row_length(self, held: int) -> int:
+        """Tokens of a whole row, of which so many are at hand."""
+        return held * self.mesh.shape["context"] if self.across("context") else held
 
     def order(self, length: int) -> np.ndarray:
         """The places in a row of the tokens that devices along the context axis hold, one device after another.

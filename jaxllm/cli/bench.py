@@ -15,6 +15,15 @@ def add_bench(verbs):
     verb.add_argument("--steps", type=int, help="timed steps (default: as the workload says)")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
 
+    help = "training steps compiled for absent TPU slices: memory, bytes sent, cycles, compile time"
+    verb = new_verb(verbs, "programs", help, bench_programs, "bench programs llama3.1-8b-v5p")
+    verb.add_argument("names", nargs="*", metavar="PROGRAM", help="default: all, which takes some ten minutes")
+    verb.add_argument(
+        "--maxtext", metavar="PYTHON", help="of an environment with MaxText, to compile its programs in turn"
+    )
+    verb.add_argument("--rounds", type=int, default=1, help="pairs of each program (default 1)")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
     help = "time of a training step, full, with LoRA and with QLoRA"
     verb = new_verb(verbs, "adapt", help, bench_adapt, "bench adapt")
     verb.set_defaults(launch=logging.INFO)
@@ -39,6 +48,12 @@ def bench_adapt(args) -> None:
     from jaxllm.bench_adapt import bench_adapt
 
     bench_adapt(steps=args.steps, json=args.json)
+
+
+def bench_programs(args) -> None:
+    from jaxllm.bench_programs import bench_programs
+
+    bench_programs(args.names, maxtext=args.maxtext, rounds=args.rounds, json=args.json)
 
 
 def bench_load(args) -> None:

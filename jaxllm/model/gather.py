@@ -82,7 +82,7 @@ def make_gather(sharding: Sharding, abstract, axes) -> Gather:
         stacked = bool(names[path]) and names[path][0] == "layers"
         split, here = (*leaf.sharding.spec, *[None] * leaf.ndim)[stacked : leaf.ndim], names[path][stacked:]
         apart = tuple(
-            tuple(axis for axis in names_of([part]) if axis in sharding.manual and name != "expert")
+            tuple(axis for axis in names_of([part]) if sharding.across(axis) and name != "expert")
             for part, name in zip(split, here, strict=True)
         )
         if any(apart):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.model.spec import ModelConfig
+from jaxllm.sharding import Sharding
 from jaxllm.weights.seam import unwrap
 
 
@@ -59,9 +60,16 @@ class Norm(nnx.Module):
         return (x * unwrap(self.scale) + unwrap(self.bias)).astype(x_BTD.dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x_BTD: jax.Array, rate: float, key: jax.Array | None, sharding: Sharding) -> jax.Array:
     """Zeroes a share `rate` of x and scales the rest up; without a key (evaluation) x itself."""
     if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+        return x_BTD
+    keep_BTD = by_row(key, x_BTD.shape, sharding, lambda key, shape: jax.random.bernoulli(key, 1 - rate, shape))
+    return jnp.where(keep_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
+
+
+def by_row(key: jax.Array, shape: tuple[int, int, int], sharding: Sharding, draw) -> jax.Array:
+    """Random numbers `[B, T, D]`, those of a row by its place in the whole batch: as many devices draw as one."""
+    rows_B = sharding.first_row(shape[0]) + jnp.arange(shape[0])
+    whole = sharding.row_length(shape[1]), shape[2]
+    return sharding.part(jax.vmap(lambda row: draw(jax.random.fold_in(key, row), whole))(rows_B))

@@ -22,7 +22,7 @@ from jaxllm.model.gather import Gather
 from jaxllm.model.latent import LatentAttention
 from jaxllm.model.mlp import Mlp
 from jaxllm.model.moe import Moe, MoeAux
-from jaxllm.model.param import Norm, dropout, normal
+from jaxllm.model.param import Norm, by_row, dropout, normal
 from jaxllm.model.rope import lengths, sinusoids, tables
 from jaxllm.model.spec import Kernels, LayerSpec, ModelConfig, RopeSpec, remat_policy_names
 from jaxllm.sharding import Sharding
@@ -70,7 +70,9 @@ class Block(nnx.Module):
     def _add(self, x_BTD, h_BTD, part: str, context, key):
         if self.config.norm_placement != "pre":
             h_BTD = getattr(self, f"{part}_post_norm")(h_BTD)
-        return context.sharding.constrain(x_BTD + dropout(h_BTD, self.config.dropout, key), "batch", "seq", None)
+        return context.sharding.constrain(
+            x_BTD + dropout(h_BTD, self.config.dropout, key, context.sharding), "batch", "residual", None
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -176,8 +178,9 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + sinusoids(context.positions_BT, self.config.embed).astype(x_BTD.dtype)
         key = None if key is None else jax.random.fold_in(key, self.config.layers)
         if neftune is not None and key is not None:
-            x_BTD = x_BTD + _noise(jax.random.fold_in(key, 1), neftune, x_BTD, context.segments_BT)
-        return dropout(context.sharding.constrain(x_BTD, "batch", "seq", None), self.config.dropout, key)
+            x_BTD = x_BTD + _noise(jax.random.fold_in(key, 1), neftune, x_BTD, context)
+        x_BTD = context.sharding.constrain(x_BTD, "batch", "residual", None)
+        return dropout(x_BTD, self.config.dropout, key, context.sharding)
 
     def _rows(self, tokens_BT, gather: Gather | None):
         table = unwrap(self.embed)
@@ -186,15 +189,19 @@ class Transformer(nnx.Module):
         return gather.take("embed", table, tokens_BT, self.config.dtype)
 
 
-def _noise(key, neftune: float, x_BTD, segments_BT):
+def _noise(key, neftune: float, x_BTD, context: Context):
     """NEFTune's noise (arXiv 2310.05914, algorithm 1), with the length of each document of a packed row."""
     B, T, D = x_BTD.shape
-    length_BT = jnp.full((B, T), T)
+    sharding, segments_BT = context.sharding, context.segments_BT
+    noise_BTD = by_row(
+        key, x_BTD.shape, sharding, lambda key, shape: jax.random.uniform(key, shape, minval=-1, maxval=1)
+    )
+    length_BT = jnp.full((B, T), sharding.row_length(T))
     if segments_BT is not None:
-        row_B1 = jnp.arange(B)[:, None]
-        length_BT = jnp.zeros((B, T + 1), jnp.int32).at[row_B1, segments_BT].add(1)[row_B1, segments_BT]
+        row_B1, whole = jnp.arange(B)[:, None], sharding.whole(segments_BT)
+        counts_BS = jnp.zeros((B, whole.shape[1] + 1), jnp.int32).at[row_B1, whole].add(1)
+        length_BT = counts_BS[row_B1, segments_BT]
     bound_BT1 = neftune / jnp.sqrt(length_BT[..., None].astype(jnp.float32) * D)
-    noise_BTD = jax.random.uniform(key, x_BTD.shape, jnp.float32, -1, 1)
     return (noise_BTD * bound_BT1).astype(x_BTD.dtype)
 
 

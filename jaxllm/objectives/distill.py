@@ -62,7 +62,7 @@ def distill(model: Model, params: Params, batch: TokenBatch, key=None, *, config
 
     loss = (1 - w) ce + w t^2 KL(teacher_t || student_t), section 2, with w weight and t temperature.
     """
-    params = bind(params, key=key)
+    params = bind(params, key=model.sharding.own_key(key))
     where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
     hidden_BTD, _, aux = model.apply(params, batch.tokens_BT, **where, key=key)
     head, mask_BT = model.whole_head(model.head(params)), batch.mask_BT.astype(jnp.float32)

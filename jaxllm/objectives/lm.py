@@ -31,7 +31,7 @@ def lm(model: Model, params: Params, batch: TokenBatch, key=None, *, z_loss: flo
     z_loss weighs the square of the log of the softmax's sum (PaLM, arXiv 2204.02311, section 5). neftune is the noise
     on the embeddings where there is a key (see `Model.apply`).
     """
-    params = bind(params, key=key)
+    params = bind(params, key=model.sharding.own_key(key))
     where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
     hidden_BTD, _, aux = model.apply(params, batch.tokens_BT, **where, key=key, neftune=neftune)
     mask_BT = batch.mask_BT.astype(jnp.float32)

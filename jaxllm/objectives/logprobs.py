@@ -17,7 +17,7 @@ def token_logprobs(model: Model, params: Params, batch: TokenBatch, key=None) ->
 
     Logits of a chunk are computed again in the backward pass, so that those of all positions never exist.
     """
-    params = bind(params, key=key)
+    params = bind(params, key=model.sharding.own_key(key))
     where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
     hidden_BTD, _, _ = model.apply(params, batch.tokens_BT, **where, key=key)
     head = model.whole_head(model.head(params))

@@ -4,18 +4,21 @@ The loss within 1e-6, the gradient of each weight within 1e-5 of its largest ent
 """
 
 import functools
+import math
 
 import jax
 import numpy as np
 import optax
 import pytest
 import tiny
+from jax.sharding import NamedSharding
 
 from jaxllm import tree
 from jaxllm.model.build import build
 from jaxllm.objectives.lm import lm
+from jaxllm.plan.program import facts
 from jaxllm.sharding import ParallelConfig, make_sharding
-from jaxllm.train.step import make_state, make_train_step
+from jaxllm.train.step import abstract_state, make_state, make_train_step
 
 CONFIGS = {
     "dense": tiny.config({"window": 9}, vocab_multiple=8),
@@ -62,28 +65,102 @@ def cases():
                 yield pytest.param(kind, form, marks=[] if (kind, form) in QUICK else pytest.mark.slow)
 
 
-def step(kind: str, parallel: dict, kernels: dict):
+def on(parallel: dict):
+    """The mesh of these sizes, over as many devices."""
+    devices = jax.devices()[: math.prod(parallel.values())]
+    return make_sharding(ParallelConfig(**{"fsdp": 1} | parallel), devices)
+
+
+def step(config, sharding, kernels: dict, key=0):
     """`(loss, {path: gradient})` of one step, the gradient as the move of a step with learning rate 1."""
-    devices = jax.devices()[: int(np.prod(list(parallel.values())))]
-    sharding = make_sharding(
-        ParallelConfig(fsdp=1, **parallel) if "fsdp" not in parallel else ParallelConfig(**parallel), devices
-    )
-    model = build(CONFIGS[kind], sharding, tiny.Kernels(unroll=0, **kernels))
+    model = build(config, sharding, tiny.Kernels(unroll=0, **kernels))
     before = jax.tree.map(np.asarray, tiny.weights(model))
-    state = make_state(model, optax.sgd(1.0), jax.random.key(0), params=tiny.weights(model))
+    state = make_state(model, optax.sgd(1.0), jax.random.key(key), params=tiny.weights(model))
     state, metrics = make_train_step(model, lm, optax.sgd(1.0))(state, sharding.batch(BATCH))
     return float(metrics["loss"]), tree.flatten(jax.tree.map(lambda a, b: a - np.asarray(b), before, state.params))
 
 
-@functools.cache
-def on_one_device(kind: str):
-    return step(kind, {"data": 1}, {})
-
-
-@pytest.mark.parametrize("kind,form", cases())
-def test_a_form_equals_one_device(kind, form):
-    loss, gradient = step(kind, *FORMS[form])
-    expected, expected_gradient = on_one_device(kind)
-    assert loss == pytest.approx(expected, rel=1e-6)
+def check(found, expected):
+    (loss, gradient), (expected_loss, expected_gradient) = found, expected
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
     off = {path: tiny.relative(gradient[path], g) for path, g in expected_gradient.items()}
     assert max(off.values()) < 1e-5, off
+
+
+@functools.cache
+def on_one_device(kind: str):
+    return step(CONFIGS[kind], on({"data": 1}), {})
+
+
+@pytest.mark.parametrize("kind,form", list(cases()))
+def test_a_form_equals_one_device(kind, form):
+    parallel, kernels = FORMS[form]
+    check(step(CONFIGS[kind], on(parallel), kernels), on_one_device(kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"fsdp": 8}, {"data": 2, "context": 4}])
+def test_dropout_is_the_same_on_every_mesh(parallel):
+    """A mask belongs to a row of the batch and not to the device that holds it."""
+    config = tiny.config(dropout=0.3, vocab_multiple=8)
+    expected = step(config, on({"data": 1}), {})
+    check(step(config, on(parallel), {}), expected)
+    assert step(config, on({"data": 1}), {}, key=1)[0] != pytest.approx(expected[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_all_tokens_at_one_expert_lose_none():
+    """Every row of every device travels to one of eight: still what one device computes."""
+    config = tiny.config(moe={"experts": 8, "router_bias": True, "experts_per_token": 1}, layers=1, vocab_multiple=8)
+    found = []
+    for parallel in ({"data": 1}, {"expert": 8}):
+        sharding = on(parallel)
+        model = build(config, sharding, tiny.Kernels(unroll=0))
+        params = tiny.weights(model)
+        bias = params["layers"]["0"]["moe"]["router_bias"]
+        skewed = jax.device_put(np.asarray(bias) + np.where(np.arange(8) == 5, 1e3, 0), bias.sharding)
+        params["layers"]["0"]["moe"]["router_bias"] = skewed.astype(bias.dtype)
+        before = jax.tree.map(np.asarray, params)
+        state = make_state(model, optax.sgd(1.0), jax.random.key(0), params=params)
+        state, metrics = make_train_step(model, lm, optax.sgd(1.0))(state, sharding.batch(BATCH))
+        assert float(metrics["expert_load_max"]) == pytest.approx(8) and float(metrics["dropped"]) == 0
+        moved = jax.tree.map(lambda a, b: a - np.asarray(b), before, state.params)
+        found.append((float(metrics["loss"]), tree.flatten(moved)))
+    check(found[1], found[0])
+
+
+#: Kinds of collectives that a form calls for; each has an all-reduce for the loss and the norm of the gradient.
+CALLED_FOR = {
+    "data": set(),
+    "fsdp": {"all-gather", "reduce-scatter"},
+    "context": {"all-gather", "reduce-scatter"},
+    "ring": {"all-gather", "collective-permute"},
+    "expert": {"all-gather", "reduce-scatter"},  # which stand for the ragged all-to-all on CPU
+}
+
+
+@pytest.mark.parametrize(
+    "kind,form", [("dense", "data"), ("dense", "fsdp"), ("dense", "context"), ("dense", "ring"), ("moe", "expert")]
+)
+def test_no_collective_that_the_form_does_not_call_for(kind, form):
+    """Also no all-reduce of an array larger than the vectors, but where weights are replicated (data, context)."""
+    parallel, kernels = FORMS[form]
+    sharding, tx = on(parallel), optax.sgd(1.0)
+    model = build(CONFIGS[kind], sharding, tiny.Kernels(unroll=0, **kernels))
+    state = abstract_state(model, tx)
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(sharding.mesh, sharding.rows_spec(x.ndim))
+        ),
+        BATCH,
+    )
+    program = facts(make_train_step(model, lm, tx, abstract=state).lower(state, rows).compile(), sharding.mesh)
+    assert {one.kind for one in program.collectives} - {"all-reduce"} == CALLED_FOR[form]
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract))
+    summed = sum(one.payload_bytes for one in program.collectives if one.kind == "all-reduce")
+    if form == "fsdp":
+        assert summed < 1024, "gradients are summed in parts"
+        gathered = sum(one.payload_bytes for one in program.collectives if one.kind == "all-gather")
+        assert gathered < 2.2 * weights, "once for the forward pass, once more for the backward pass at most"
+    elif form != "expert":
+        assert 0.9 * weights < summed < 1.1 * weights, "each gradient is summed once"
