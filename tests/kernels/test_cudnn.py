@@ -21,7 +21,7 @@ from jaxllm.kernels import cudnn
 from jaxllm.kernels.attention import Form, PerHead, Where, attention
 from jaxllm.kernels.backend import tracing_for
 from jaxllm.kernels.reference import reference
-from jaxllm.sharding import ParallelConfig, make_sharding
+from jaxllm.sharding import ParallelConfig, Sharding, make_sharding
 
 H = 8
 AT = jnp.zeros((1, 256), jnp.int32)
@@ -233,8 +233,7 @@ class Gpu:
 
 def on(capability):
     """A mesh of one such GPU, as far as the choice looks at it."""
-    mesh = types.SimpleNamespace(devices=np.array([Gpu(capability)], object), shape={"context": 1})
-    return types.SimpleNamespace(mesh=mesh)
+    return Sharding(types.SimpleNamespace(devices=np.array([Gpu(capability)], object), shape={"context": 1}))
 
 
 @pytest.mark.parametrize(
