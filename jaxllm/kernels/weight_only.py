@@ -1,7 +1,7 @@
 """Products of bfloat16 activations with the values of codes: a Pallas kernel for TPU that makes them in fast memory.
 
-Where codes share a byte, or scales change along a row, XLA writes the values to main memory, some more than once: 4 to
-11 times the bytes of the codes (`scripts/quantized_bytes.py`). Here a block of codes is read, decoded and multiplied.
+Where codes share a byte, or scales change along a row, XLA writes what it makes of them to main memory: 5 to 19
+times the bytes of the codes (`scripts/quantized_bytes.py`). Here a block of codes is read, decoded and multiplied.
 
 Shapes: M rows, I inputs, O outputs, P bytes of codes of an output, G groups of inputs with a scale each.
 """
