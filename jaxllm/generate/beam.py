@@ -146,7 +146,7 @@ def _search(model: Model, params, cache: Cache, token_B, position_B, task: Task,
         return i + 1, decode.place_rows(model, _step(model, params, search, task, i))
 
     _, search = jax.lax.while_loop(lambda carry: ~jnp.all(carry[1].over_P), step, (0, start))
-    return jax.tree.map(model.sharding.constrain, search.ended), search.cache
+    return decode.everywhere(model, search.ended), search.cache
 
 
 def _step(model: Model, params, search: Search, task: Task, i) -> Search:

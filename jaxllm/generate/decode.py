@@ -143,8 +143,17 @@ def compiled(config, sharding, kernels) -> Compiled:
 
 def place_rows(model: Model, tree):
     """Lays rows and kv heads out over the mesh, always alike: a dispatch finds its input where the last one left it."""
-    names = ("batch", "kv_heads", None, None)
-    return jax.tree.map(lambda x: model.sharding.constrain(x, *(names if x.ndim == 4 else names[:1])), tree)
+
+    def place(x):
+        names = ("batch", "kv_heads" if x.ndim == 4 else None, *[None] * x.ndim)[: x.ndim]
+        return model.sharding.constrain(x, *names)
+
+    return jax.tree.map(place, tree)
+
+
+def everywhere(model: Model, tree):
+    """Lays arrays out whole on every device, since every process reads them."""
+    return jax.tree.map(lambda x: model.sharding.constrain(x, *[None] * x.ndim), tree)
 
 
 def take_rows(tree, source_B):
@@ -216,7 +225,7 @@ def _decode(model: Model, params, state: State, rules: Rules, *, chunk: int, top
     tops = (jnp.zeros((chunk, rows, top), jnp.int32), jnp.zeros((chunk, rows, top)))
     empty = (jnp.full((chunk, rows), -1, jnp.int32), jnp.zeros((chunk, rows)), *tops)
     _, state, *made = jax.lax.while_loop(more, step, (0, state, *empty))
-    return place_rows(model, state), *map(model.sharding.constrain, made)  # no axes: every process reads the tokens
+    return place_rows(model, state), *everywhere(model, made)
 
 
 def _forbid(logits_BV, rules: Rules, must_B):
