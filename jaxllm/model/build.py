@@ -92,7 +92,7 @@ class Model:
     @functools.cached_property
     def gather(self) -> Gather:
         """How layers get the weights that devices share."""
-        return make_gather(self.sharding, self.abstract, self.axes)
+        return make_gather(self.sharding, self.abstract, self.axes, self.weights)
 
     @functools.cached_property
     def local(self) -> "Model":

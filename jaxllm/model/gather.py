@@ -7,6 +7,7 @@ compiler lays out products by where their weights are.
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -71,10 +72,11 @@ class Gather:
         return leaf
 
 
-def make_gather(sharding: Sharding, abstract, axes) -> Gather:
+def make_gather(sharding: Sharding, abstract, axes, plain: Collection[str]) -> Gather:
     """What `Model.abstract` and `Model.axes` say of each array, for code that sees its own part over `sharding.manual`.
 
-    Axes that split experts stay: their tokens come to them.
+    `plain`: paths of weights; an array by such a path is the weight itself and no part of another type. Axes that split
+    experts stay: their tokens come to them.
     """
     names = tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
     places, matrices = {}, set()
@@ -87,14 +89,14 @@ def make_gather(sharding: Sharding, abstract, axes) -> Gather:
         )
         if any(apart):
             places[path] = apart
-            if _is_matrix(here):
+            if path in plain and _is_matrix(here):
                 matrices.add(path)
     return Gather(sharding, places, frozenset(matrices))
 
 
 def _is_matrix(axes: Axes) -> bool:
-    """Whether products take the array in the compute dtype: no norm, bias, router or part of an adapter."""
-    return "rank" not in axes and (is_linear_map(axes) or "vocab" in axes)
+    """Whether products take the weight in the compute dtype: it is no norm, bias or router."""
+    return is_linear_map(axes) or "vocab" in axes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -14,7 +14,11 @@ import tiny
 from jax.sharding import NamedSharding
 
 from jaxllm import tree
+from jaxllm.adapt.changes import Change, after
+from jaxllm.adapt.lora import TRAINABLE, LoraConfig
+from jaxllm.adapt.quantize import QuantizeConfig, QuantizeRule
 from jaxllm.model.build import build
+from jaxllm.model.change import change
 from jaxllm.objectives.lm import lm
 from jaxllm.plan.program import facts
 from jaxllm.sharding import ParallelConfig, make_sharding
@@ -164,3 +168,29 @@ def test_no_collective_that_the_form_does_not_call_for(kind, form):
         assert gathered < 2.2 * weights, "once for the forward pass, once more for the backward pass at most"
     elif form != "expert":
         assert 0.9 * weights < summed < 1.1 * weights, "each gradient is summed once"
+
+
+def adapted(sharding):
+    """`(loss, {path: gradient})` of adapters over int8 and nf4 weights, of which devices hold parts."""
+    rules = (QuantizeRule(pattern="**/attn/*", format="int8"), QuantizeRule(pattern="**/mlp/*", format="nf4", group=16))
+    changes = (
+        Change(quantize=QuantizeConfig(rules=rules)),
+        Change(lora=LoraConfig(rank=4, pattern="**/attn/*,**/mlp/*")),
+    )
+    plain = build(tiny.config(vocab_multiple=8), sharding, tiny.Kernels(unroll=0))
+    model, params = plain, tiny.weights(plain)
+    for one in changes:
+        params, model = change(model, one.plan(model), params), after(model, (one,))
+    tx = optax.sgd(1.0)
+    before = jax.tree.map(np.asarray, params)
+    state = make_state(model, tx, jax.random.key(0), params=params, trainable=TRAINABLE)
+    state, metrics = make_train_step(model, lm, tx, trainable=TRAINABLE)(state, sharding.batch(BATCH))
+    moved = jax.tree.map(lambda a, b: a.astype(np.float32) - np.asarray(b).astype(np.float32), before, state.params)
+    return float(metrics["loss"]), {path: d for path, d in tree.flatten(moved).items() if np.any(d)}
+
+
+@pytest.mark.parametrize("parallel", [{"fsdp": 8}, pytest.param({"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)])
+def test_adapters_over_quantised_weights_equal_one_device(parallel):
+    expected = adapted(on({"data": 1}))
+    assert all("lora_b" in path for path in expected[1]) and len(expected[1]) > 5, "b starts at 0: only it moves"
+    check(adapted(on(parallel)), expected)
