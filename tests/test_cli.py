@@ -138,7 +138,7 @@ SETTINGS = [
     (["optim.momentum=0.9"], "momentum=0.9 would be ignored by optimizer adamw"),
     (["optim.schedule.warmup=9"], "do not fit into 8 steps"),
     (["data.heldout=0", "train.patience=3"], "train.patience=3 would be ignored without held-out text"),
-    (["log.profile=9-10"], "log.profile=9-10 lies after the last of 8 steps"),
+    (["profile.steps=9-10"], "profile.steps=9-10 lies after the last of 8 steps"),
     (["out=latin1.txt/run"], "cannot be written"),
     (["out=orphan"], "metrics.jsonl is there, but no orphan/settings.yaml"),
     (["model=nothing"], "no such settings file: nothing"),

@@ -350,7 +350,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_a_slurm_job_of_two_nodes_is_stopped_goes_back_to_the_queue_and_ends(corpus, here):
-    settings = small.settings(corpus, here / "run", model=small.MODEL | {"layers": 1}, log={"profile": "7-8"})
+    settings = small.settings(corpus, here / "run", model=small.MODEL | {"layers": 1}, profile={"steps": "7-8"})
     (here / "run.yaml").write_text(yaml.safe_dump(settings))
     executable(here / ".venv/bin/jaxllm", PYTHON + STOPPED)
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"

@@ -143,23 +143,31 @@ class LogConfig:
     """Write event files for TensorBoard (extra: tensorboard)."""
     wandb: str | None = None
     """Project at Weights & Biases to log to (extra: wandb)."""
-    profile: str | None = None
-    """Steps to trace with the profiler, such as 10-12; the trace opens in XProf and Perfetto."""
 
     def __post_init__(self):
         if self.every < 1:
             raise ValueError(f"every={self.every} must be at least 1")
-        self.profile_steps  # noqa: B018  (raises when malformed)
+
+
+@settings
+class ProfileConfig:
+    """What the profiler looks at."""
+
+    steps: str | None = None
+    """Steps to trace, such as 10-12; the trace opens in XProf and Perfetto. Null traces none."""
+
+    def __post_init__(self):
+        self.first_and_last  # noqa: B018  (raises when malformed)
 
     @property
-    def profile_steps(self) -> tuple[int, int] | None:
+    def first_and_last(self) -> tuple[int, int] | None:
         """First and last step to trace."""
-        if self.profile is None:
+        if self.steps is None:
             return None
-        first, dash, last = self.profile.partition("-")
+        first, dash, last = self.steps.partition("-")
         last = last if dash else first
         if not (first.isdigit() and last.isdigit()) or int(last) < int(first):
-            raise ValueError(f"profile={self.profile!r}: write it as 10-12")
+            raise ValueError(f"steps={self.steps!r}: write it as 10-12")
         return int(first), int(last)
 
 
@@ -185,6 +193,8 @@ class RunConfig:
     """How the numbers are computed."""
     log: LogConfig = LogConfig()
     """Where metrics go."""
+    profile: ProfileConfig = ProfileConfig()
+    """Steps to trace."""
     quantize: QuantizeConfig | None = None
     """Stores the weights of train.init in another number format, under adapters (QLoRA); null leaves them."""
     lora: LoraConfig | None = None
@@ -266,8 +276,9 @@ class RunConfig:
                 f"train.patience={self.train.patience} would be ignored without held-out text; "
                 "set data.eval_sources or data.heldout"
             )
-        if (chosen := self.log.profile_steps) and chosen[0] > self.train.total_steps:
-            raise ValueError(f"log.profile={self.log.profile} lies after the last of {self.train.total_steps} steps")
+        if (chosen := self.profile.first_and_last) and chosen[0] > self.train.total_steps:
+            last = self.train.total_steps
+            raise ValueError(f"profile.steps={self.profile.steps} lies after the last of {last} steps")
 
 
 def _check_dpo_experts(model: ModelConfig) -> None:
@@ -286,7 +297,8 @@ def _check_dpo_experts(model: ModelConfig) -> None:
 
 
 #: What may change between two parts of the same run: where and how it is computed and logged, not what.
-MAY_CHANGE = ("out", "parallel", "kernels", "checkpoint", "log", "data.cache", "data.workers", "data.prefetch")
+MAY_CHANGE = ("out", "parallel", "kernels", "checkpoint", "log", "profile")
+MAY_CHANGE_DATA = ("data.cache", "data.workers", "data.prefetch")
 MAY_CHANGE_TRAIN = ("train.eval_every", "train.eval_rows", "train.max_skipped", "train.patience")
 #: Of those, what may not: a run whose checkpoints are looked for elsewhere would start from scratch.
 MUST_STAY = ("checkpoint.folder",)
@@ -297,13 +309,19 @@ def differences(old: dict, new: RunConfig, where: str = "settings saved with the
 
     What an older version did not know has its default. Raises SettingsError for what this one does not know.
     """
-    may = MAY_CHANGE + MAY_CHANGE_TRAIN
-    changes = settings_of.diff(settings_of.parse(RunConfig, old, where), new)
+    may = MAY_CHANGE + MAY_CHANGE_DATA + MAY_CHANGE_TRAIN
+    changes = settings_of.diff(saved(old, where), new)
     return {
         key: pair
         for key, pair in changes.items()
         if key in MUST_STAY or not any(key == m or key.startswith(m + ".") for m in may)
     }
+
+
+def saved(raw: dict, where: str) -> RunConfig:
+    """Settings saved with a run, by this version or one before it. Raises SettingsError for what neither knows."""
+    log = {key: value for key, value in (raw.get("log") or {}).items() if key != "profile"}  # now profile.steps
+    return settings_of.parse(RunConfig, raw | {"log": log}, where)
 
 
 def shared(config: RunConfig) -> str:

@@ -18,7 +18,7 @@ from jaxllm.checkpoint.together import first_says
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.data.trained import open_tokenizer
 from jaxllm.errors import CheckpointError
-from jaxllm.train.config import RunConfig, differences
+from jaxllm.train.config import RunConfig, differences, saved
 from jaxllm.train.init import load_tokenizer
 from jaxllm.train.writers import read_jsonl
 
@@ -71,7 +71,7 @@ class RunFolder:
         if not self.settings.exists():
             return
         steps = [row["step"] for row in read_jsonl(self.metrics)] if self.metrics.exists() else []
-        every = settings_of.parse(RunConfig, settings_of.read_yaml(self.settings)).checkpoint.every
+        every = saved(settings_of.read_yaml(self.settings), str(self.settings)).checkpoint.every
         if self.summary.exists() or max(steps, default=0) >= every:
             raise CheckpointError(
                 f"{self.path} has been trained for {max(steps, default=0)} steps, but {self.checkpoints} holds no "

@@ -90,7 +90,7 @@ class Trainer:
         peak = peak_flops(jax.devices()[0].device_kind)
         schedule = make_schedule(config.optim, config.train.total_steps)
         self.recorder = Recorder(config, schedule, show, peak and peak * self.sharding.mesh.size)
-        self.trace = Trace(config.log.profile_steps, folder.path / "profile", show.say)
+        self.trace = Trace(config.profile.first_and_last, folder.path / "profile", show.say)
         self.status, self.opened = "finished", False
 
     def run(self) -> Result:

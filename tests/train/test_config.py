@@ -90,9 +90,9 @@ def test_steps_stand_in_one_place(train, corpus):
 def test_profile_steps(profile, steps, corpus):
     if steps is None:
         with pytest.raises(SettingsError, match="write it as 10-12"):
-            load(corpus, log={"profile": profile})
+            load(corpus, profile={"steps": profile})
     else:
-        assert load(corpus, log={"profile": profile}).log.profile_steps == steps
+        assert load(corpus, profile={"steps": profile}).profile.first_and_last == steps
 
 
 def test_vocab_comes_from_the_tokenizer(corpus):

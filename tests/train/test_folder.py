@@ -4,8 +4,10 @@ import pytest
 import small
 import yaml
 
+from jaxllm.config import to_dict
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import CheckpointError, ResourceError, SettingsError
+from jaxllm.train.config import differences
 from jaxllm.train.folder import RunFolder
 from jaxllm.train.load import load_run
 
@@ -115,3 +117,12 @@ def test_two_runs_cannot_have_one_folder(make, tmp_path):
     resumed = make()
     resumed.lock()
     resumed.unlock()
+
+
+def test_settings_of_the_version_before_are_read(corpus, tmp_path):
+    """`log.profile` is now `profile.steps`; a run that was saved with it goes on."""
+    config = load_run(small.settings(corpus, tmp_path / "run"))[0]
+    old = to_dict(config)
+    del old["profile"]
+    old["log"] |= {"profile": "3-4"}
+    assert differences(old, config) == {}

@@ -380,11 +380,11 @@ def test_init_may_change_the_context_and_how_it_is_computed(finished, corpus):
 
 @pytest.mark.slow
 def test_a_profiler_trace_of_chosen_steps(corpus, tmp_path, stop_at):
-    train(corpus, tmp_path / "last", log={"profile": "8"})
+    train(corpus, tmp_path / "last", profile={"steps": "8"})
     assert list((tmp_path / "last/profile").rglob("*.xplane.pb")), "a trace that ends with the run"
     stop_at(2)
-    train(corpus, tmp_path / "cut", log={"profile": "2-3"})
-    train(corpus, tmp_path / "cut", log={"profile": "2-3"})
+    train(corpus, tmp_path / "cut", profile={"steps": "2-3"})
+    train(corpus, tmp_path / "cut", profile={"steps": "2-3"})
     assert len(list((tmp_path / "cut/profile").rglob("*.xplane.pb"))) == 2, "both parts of a trace that was cut"
 
 
