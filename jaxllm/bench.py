@@ -67,11 +67,11 @@ LINES = (
 
 
 def bench_train(
-    workloads: Sequence[str] = tuple(WORKLOADS), *, steps: int | None = None, json: bool = False
+    workloads: Sequence[str] = tuple(WORKLOADS), *, steps: int | None = None, json: bool = False, fast: bool = False
 ) -> list[dict]:
     """Measures the workloads one after another, prints a table (or a line of JSON for each) and returns the rows.
 
-    `steps` are timed after two that are not; by default as many as the workload says.
+    `steps` are timed after two that are not; by default as many as the workload says. `fast`: as with `--cpu-fast`.
 
     A row holds tokens_per_second and gflops_per_second at the median step, step_ms (median) with min and max,
     matmul_share (of matmul_gflops, what NumPy's float32 matrix product reaches on all cores just before; null on an
@@ -88,7 +88,7 @@ def bench_train(
         raise SettingsError(f"steps={steps} must be at least 1")
     rows = []
     for name in workloads:
-        rows.append(_in_own_process(name, steps or WORKLOADS[name].steps))
+        rows.append(_in_own_process(name, steps or WORKLOADS[name].steps, fast))
         if json:
             print(json_format.dumps(rows[-1]), flush=True)
     if not json:
@@ -96,10 +96,10 @@ def bench_train(
     return rows
 
 
-def _in_own_process(name: str, steps: int) -> dict[str, Any]:
+def _in_own_process(name: str, steps: int, fast: bool) -> dict[str, Any]:
     peak = matmul_gflops()
     # A cached program would make compile_seconds a reading time.
-    environ = launch.environment(os.environ) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environ = launch.environment(os.environ, fast) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(command_of(name, steps), stdout=subprocess.PIPE, text=True, env=environ)
     if done.returncode:
         cause = "; it was killed, likely for lack of memory" if done.returncode == -9 else ""

@@ -14,7 +14,8 @@ from jaxllm import launch
 logging.basicConfig(level=os.environ.get("LEVEL", "INFO"), format="%(message)s")
 launch._pages_on_request = launch._on_cpu = lambda *_: True
 launch._glibc = lambda: (2, 39)
-launch.relaunch(sys.argv[1:], getattr(logging, os.environ.get("SAY", "INFO")))
+launch._jaxlib = lambda: (0, int(os.environ.get("MINOR", 12)))
+launch.relaunch(sys.argv[1:], getattr(logging, os.environ.get("SAY", "INFO")), "--cpu-fast" in sys.argv)
 names = ("JAXLLM_LAUNCH", "GLIBC_TUNABLES", "XLA_FLAGS")
 print(*(os.environ.get(name) for name in names), sys.argv[1:], "jax" in sys.modules)
 """
@@ -63,6 +64,23 @@ def test_the_switch_and_ones_own_choice_of_pages_are_silent(tmp_path):
 def test_other_variables_are_kept(tmp_path):
     out, _ = start(tmp_path, GLIBC_TUNABLES="glibc.malloc.arena_max=1", XLA_FLAGS="--xla_dump_to=x")
     assert out == ["1 glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1 --xla_dump_to=x [] False"]
+
+
+def test_the_fast_profile_adds_to_what_is_set(tmp_path):
+    own = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2", "XLA_FLAGS": "--xla_cpu_use_onednn=false"}
+    out, log = start(tmp_path, "--cpu-fast", SAY="DEBUG", **own)
+    tunables, flags = out[0].split(" ")[1], out[0].partition("--xla")[2]
+    assert tunables.startswith("glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1:") and "arena_max=1" not in tunables
+    assert "mmap_max=0" in tunables and "trim_threshold" in tunables
+    assert flags.startswith("_cpu_use_onednn=false --xla_cpu_experimental_onednn_fusion_type=dot,eltwise")
+    assert len(log) == 1 and "JAXLLM_LAUNCH=0" in log[0]
+
+
+def test_what_the_fast_profile_cannot_do_is_said(tmp_path):
+    out, log = start(tmp_path, "--cpu-fast", MINOR="10")
+    assert "onednn" not in out[0] and "mmap_max=0" in out[0] and "jaxlib before 0.12" in log[0]
+    out, log = start(tmp_path, "--cpu-fast", JAXLLM_LAUNCH="0")
+    assert out[0].startswith("0 None None") and "turned off by JAXLLM_LAUNCH=0" in log[0]
 
 
 def test_a_program_that_calls_the_command_line_is_not_replaced(linux, monkeypatch):

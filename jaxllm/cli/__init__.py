@@ -12,6 +12,7 @@ from jaxllm.cli.compress import add_quantize
 from jaxllm.cli.data import add_data, add_tokenizer
 from jaxllm.cli.generation import add_chat, add_generate
 from jaxllm.cli.models import add_eval, add_export, add_info, add_parity
+from jaxllm.cli.plan import add_plan
 from jaxllm.cli.prune import add_prune
 from jaxllm.cli.training import add_demo, add_distill, add_dpo, add_runs, add_sft, add_train
 from jaxllm.errors import UserError
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     if (level := getattr(args, "launch", None)) and not getattr(args, "print_config", False):
         from jaxllm.launch import relaunch
 
-        relaunch(argv, level)
+        relaunch(argv, level, getattr(args, "cpu_fast", False))
     try:
         return args.run(args) or 0
     except UserError as error:
@@ -83,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     add_demo(verbs)
     add_bench(verbs)
     add_info(verbs)
+    add_plan(verbs)
     add_export(verbs)
     add_quantize(verbs)
     add_prune(verbs)

@@ -2,7 +2,7 @@
 
 import logging
 
-from jaxllm.cli.common import new_verb
+from jaxllm.cli.common import fast_option, new_verb
 
 
 def add_bench(verbs):
@@ -13,6 +13,7 @@ def add_bench(verbs):
     verb.set_defaults(launch=logging.INFO)
     verb.add_argument("--workloads", nargs="+", default=["W1", "W2", "W3"], help="default: W1 W2 W3")
     verb.add_argument("--steps", type=int, help="timed steps (default: as the workload says)")
+    fast_option(verb)
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
 
     help = "training steps compiled for absent TPU slices: memory, bytes sent, cycles, compile time"
@@ -28,6 +29,7 @@ def add_bench(verbs):
     verb = new_verb(verbs, "adapt", help, bench_adapt, "bench adapt")
     verb.set_defaults(launch=logging.INFO)
     verb.add_argument("--steps", type=int, default=10, help="timed steps of each (default 10)")
+    fast_option(verb)
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
 
     verb = new_verb(verbs, "generate", "tokens/s of prefill and of decoding", bench_generate, "bench generate")
@@ -71,4 +73,4 @@ def bench_generate(args) -> None:
 def bench_train(args) -> None:
     from jaxllm.bench import bench_train
 
-    bench_train(args.workloads, steps=args.steps, json=args.json)
+    bench_train(args.workloads, steps=args.steps, json=args.json, fast=args.cpu_fast)

@@ -26,6 +26,7 @@ EXAMPLES = {
     "bench generate": "jaxllm bench generate models/gemma-3-270m --batches 1 8",
     "bench load": "jaxllm bench load models/gemma-3-270m",
     "info": "jaxllm info models/gemma-3-270m",
+    "plan": "jaxllm plan llama3.1-8b --topology v5p:4x4x4 --tokens 15e12 train.batch=256",
     "export": "jaxllm export runs/demo --to hf --out exported/demo",
     "quantize": "jaxllm quantize runs/demo --format int4 --method gptq --calibrate notes.txt --out runs/demo-int4",
     "prune": "jaxllm prune runs/demo --sparsity 0.5 --method wanda --calibrate notes.txt --out runs/demo-sparse",
@@ -52,6 +53,14 @@ def new_verb(verbs, name: str, help: str, run=None, example: str | None = None, 
     if run is not None:
         verb.set_defaults(run=run, **defaults)
     return verb
+
+
+def fast_option(verb) -> None:
+    verb.add_argument(
+        "--cpu-fast",
+        action="store_true",
+        help="on CPU: keep freed memory (the peak can double) and fuse products by oneDNN where jaxlib can",
+    )
 
 
 def published_options(verb) -> None:

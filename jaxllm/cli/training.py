@@ -3,7 +3,7 @@
 import logging
 import sys
 
-from jaxllm.cli.common import new_verb
+from jaxllm.cli.common import fast_option, new_verb
 
 
 def add_train(verbs):
@@ -54,6 +54,7 @@ def _run_verb(verbs, name: str, help: str, load, metavar: str = "RUN.yaml", what
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
     verb.add_argument("--print-config", action="store_true", help="show all settings, resolved, with their meaning")
     verb.add_argument("--quiet", action="store_true", help="no progress")
+    fast_option(verb)
     return verb
 
 
@@ -119,6 +120,7 @@ def add_demo(verbs):
     verb = new_verb(verbs, "demo", help, demo, launch=logging.INFO)
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the demo's")
     verb.add_argument("--moe", action="store_true", help="with a mixture of experts")
+    fast_option(verb)
     verb.add_argument("--minutes", type=float, default=5.0, help="about how long, in all (default 5)")
     verb.add_argument("--out", help="run folder (default runs/demo, or the next free runs/demo-N)")
 
