@@ -31,7 +31,7 @@ FAST_TUNABLES = {
     "glibc.malloc.arena_max": "1",
 }
 FAST_XLA = {"--xla_cpu_use_onednn": "true", "--xla_cpu_experimental_onednn_fusion_type": "dot,eltwise"}
-#: The first jaxlib whose oneDNN fusions compile on every processor tried; 0.10 fails on AMD: "partition compile failed".
+#: The first jaxlib whose oneDNN fusions compile on every processor tried; 0.10 fails on AMD ones.
 FAST_JAXLIB = (0, 12)
 
 
