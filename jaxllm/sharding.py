@@ -378,4 +378,7 @@ def _mesh(sizes: tuple[int, ...], devices: list) -> Mesh:
             )
         inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1))
         return Mesh(create_hybrid_device_mesh(inner, outer, devices), MESH_AXES, axis_types=types)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    from jax.experimental.mesh_utils import create_device_mesh
+
+    # A dimension of the torus may belong to two axes: 8 x 8 over a slice of 4 x 4 x 4.
+    return Mesh(create_device_mesh(sizes, devices, allow_split_physical_axes=True), MESH_AXES, axis_types=types)
