@@ -238,30 +238,45 @@ class Sharding:
         axes = [axis for axis in _tuple(dict(self.rules)["batch"]) if axis in self.manual]
         return jax.lax.axis_index(axes) * rows if axes else 0
 
-    def batch(self, batch: Any) -> Any:
-        """Puts the host arrays of this process's rows ([rows, T], rows split over the processes) on the devices.
+    @functools.cached_property
+    def share(self) -> tuple[int, int]:
+        """`(p, P)`: this process reads the p-th of P equal shares of the rows of each batch.
 
-        Raises SettingsError where the mesh gives parts of one row to several processes.
+        Processes whose devices hold parts of the same rows read the same share. Raises SettingsError where the mesh
+        does not give every process whole shares.
         """
-        processes = len({device.process_index for device in self.mesh.devices.flat})
+        place = {axis: i for i, axis in enumerate(self.mesh.axis_names)}
+        axes = [place[axis] for axis in _tuple(dict(self.rules)["batch"])]
+        sizes, held = [self.mesh.devices.shape[i] for i in axes], {}
+        for index, device in np.ndenumerate(self.mesh.devices):
+            block = int(np.ravel_multi_index([index[i] for i in axes], sizes)) if axes else 0
+            held.setdefault(device.process_index, set()).add(block)
+        n = len(held[min(held)])
+        for blocks in held.values():
+            if sorted(blocks) != list(range(min(blocks), min(blocks) + n)) or min(blocks) % n:
+                mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1)
+                raise SettingsError(
+                    f"the mesh {mesh} gives the {len(held)} processes rows that do not lie together; make "
+                    f"parallel.context x parallel.tensor divide, or be a multiple of, the {jax.local_device_count()} "
+                    "devices of a process"
+                )
+        return min(held[jax.process_index()]) // n, self.batch_size // n
+
+    def batch(self, batch: Any) -> Any:
+        """Puts the host arrays of this process's share of the rows, [rows, T] or [rows], on the devices."""
+        share, shares = self.share
 
         def put(x):
             x = np.asarray(x)
-            sharding = NamedSharding(self.mesh, self.rows_spec(x.ndim))
-            # Without the shape in words, jax infers another one from such a mesh and says nothing.
-            return jax.make_array_from_process_local_data(sharding, x, (len(x) * processes, *x.shape[1:]))
+            first, sharding = share * len(x), NamedSharding(self.mesh, self.rows_spec(x.ndim))
 
-        try:
-            return jax.tree.map(put, batch)
-        except ValueError as error:
-            if processes == 1:
-                raise
-            sizes = " x ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items() if n > 1)
-            raise SettingsError(
-                f"the mesh {sizes} splits rows between {processes} processes, and each of them reads whole rows; "
-                f"make parallel.context x parallel.tensor divide the {jax.local_device_count()} devices of a process "
-                f"({str(error).splitlines()[0]})"
-            ) from None
+            def part(index):
+                start, stop, _ = index[0].indices(shares * len(x))
+                return x[(slice(start - first, stop - first), *index[1:])]
+
+            return jax.make_array_from_callback((shares * len(x), *x.shape[1:]), sharding, part)
+
+        return jax.tree.map(put, batch)
 
 
 def _tuple(mesh_axes) -> tuple[str, ...]:

@@ -123,7 +123,8 @@ def test_batches_and_activations_are_split_by_rows_and_sequence():
     assert odd.sharding.shard_shape(odd.shape) == (2, 5, 4)  # an activation that does not divide stays whole
 
 
-#: A process of two, with two devices: its rows on two meshes, one that crosses the processes with the sequence.
+#: A process of two, with two devices: on a mesh of which each has rows of its own, one where both hold parts of the
+#: same rows, and one whose rows do not lie together.
 PROCESS = """
 import sys
 import jax, numpy as np
@@ -132,18 +133,22 @@ from jax.sharding import AxisType, Mesh
 from jaxllm.errors import SettingsError
 from jaxllm.sharding import MESH_AXES, Sharding
 devices, rank = np.array(jax.devices()).reshape(2, 2), jax.process_index()
-rows = np.full((2, 8), rank, np.int32)
-for devices in (devices, devices.T):
-    mesh = Mesh(devices.reshape(1, 2, 1, 2, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+for name, devices in (("apart", devices), ("parts", devices.T), ("mixed", devices.T.reshape(4, 1))):
+    mesh = Mesh(devices.reshape(1, len(devices), 1, -1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    sharding = Sharding(mesh)
     try:
-        x = Sharding(mesh).batch(rows)
-        print("OK", x.shape, {float(s.data.mean()) for s in x.addressable_shards} == {rank}, flush=True)
+        share, shares = sharding.share
+        rows = np.arange(4 * 8, dtype=np.int32).reshape(4, 8)[share * 4 // shares:][:4 // shares]
+        x = sharding.batch(rows)
+        for shard in x.addressable_shards:
+            assert (np.asarray(shard.data) == np.arange(32).reshape(4, 8)[shard.index]).all(), shard.index
+        print("OK", name, share, shares, x.shape, x.addressable_shards[0].data.shape, flush=True)
     except SettingsError as error:
-        print("REFUSED", error, flush=True)
+        print("REFUSED", name, error, flush=True)
 """
 
 
-def test_processes_read_whole_rows_or_are_refused():
+def test_processes_read_the_rows_of_their_devices():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -156,7 +161,8 @@ def test_processes_read_whole_rows_or_are_refused():
         for rank in ranks:
             rank.kill()
             rank.wait()
-    for out, err in found:
+    for rank, (out, err) in enumerate(found):
         lines = [line for line in out.splitlines() if line.startswith(("OK", "REFUSED"))]
-        assert lines[0] == "OK (4, 8) True", out + err
-        assert lines[1].startswith("REFUSED the mesh fsdp=2 x context=2 splits rows between 2 processes"), out + err
+        assert lines[0] == f"OK apart {rank} 2 (4, 8) (2, 4)", out + err
+        assert lines[1] == "OK parts 0 1 (4, 8) (2, 4)", out + err
+        assert lines[2].startswith("REFUSED mixed the mesh fsdp=4 gives the 2 processes rows that do not"), out + err

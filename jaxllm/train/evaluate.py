@@ -72,8 +72,8 @@ class Evaluator:
     def _sums(self, params, store: TokenStore, rows: Rows, limit: int | None, progress):
         """`(nats, tokens predicted, bytes of the text)` of the whole store, by what its rows up to `limit` say."""
         stop = min(rows.per_epoch, limit or rows.per_epoch)
-        processes = dict(process=jax.process_index(), processes=jax.process_count())
-        loader = Loader(Spread(rows, stop), self.batch, stop=stop, prefetch=1, **processes)
+        share, shares = self.model.sharding.share
+        loader = Loader(Spread(rows, stop), self.batch, stop=stop, prefetch=1, process=share, processes=shares)
         nats = count = 0.0
         for batch in loader:
             sums = jax.device_get(self.step(params, self.model.sharding.batch(batch)))

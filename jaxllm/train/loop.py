@@ -280,8 +280,9 @@ class Trainer:
         for name, rows in zip(stream.names, stream.sources, strict=True):
             if rows.news:
                 self.show.say(f"{name}: {rows.news}")
-        where = dict(process=jax.process_index(), processes=jax.process_count())
-        return Loader(stream, stage.batch, start=done * stage.batch, prefetch=self.data.prefetch, **where)
+        share, shares = self.sharding.share
+        where = dict(start=done * stage.batch, process=share, processes=shares)
+        return Loader(stream, stage.batch, prefetch=self.data.prefetch, **where)
 
     def evaluator(self, stage: Stage) -> Evaluator | None:
         stores = {name: self.stores[name] for name in self.config.data.eval_names}
@@ -356,11 +357,6 @@ class Trainer:
 def check_batch(stage: Stage, accumulate: int, sharding: Sharding) -> None:
     """Raises SettingsError when a microbatch does not divide over the devices that split the rows."""
     rows, ways = stage.batch // accumulate, sharding.batch_size
-    if ways % jax.process_count():
-        raise SettingsError(
-            f"{jax.process_count()} processes read rows of their own, but the mesh splits rows {ways} ways "
-            f"(data x fsdp x expert); make parallel.data or parallel.fsdp a multiple of {jax.process_count()}"
-        )
     if rows % ways:
         below = max(ways, rows // ways * ways) * accumulate
         raise SettingsError(
