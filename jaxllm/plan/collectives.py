@@ -119,7 +119,8 @@ def _payload(kind: str, instruction: Instruction, within: Computation) -> float:
     if instruction.op.endswith("-start") and len(made) > len(given):
         made = made[len(given) : 2 * len(given)] or made  # the tuple of a start holds operands, results, and flags
     if kind == "ragged-all-to-all":
-        given = given[:1]  # the others are the buffer that it fills, and offsets
+        # The others are the buffer that it fills, and offsets. One side has room for the rows of all devices.
+        return min(given[0].bytes, made[0].bytes)
     sent, received = (sum(shape.bytes for shape in shapes) for shapes in (given, made))
     return max(sent, received) if kind in ("all-gather", "reduce-scatter") else sent or received
 

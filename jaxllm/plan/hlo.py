@@ -118,7 +118,8 @@ def parse(text: str) -> Module:
             current[instruction.name] = last = instruction
         elif last is not None:
             last.attributes += line  # the metadata of a kernel goes over several lines
-    found = re.search(r"\bnum_partitions=(\d+)", text[:20_000]) or re.search(r"\breplica_count=(\d+)", text[:20_000])
+    head = text.partition("\n")[0]  # of tens of thousands of characters where there are many arguments
+    found = re.search(r"\bnum_partitions=(\d+)", head) or re.search(r"\breplica_count=(\d+)", head)
     return Module(computations, entry, int(found[1]) if found else 1)
 
 
@@ -222,10 +223,15 @@ def _element(module: Module, within: Computation, name: str, index: int):
     return _element(module, within, made.operands[0], index) if made.op in _THROUGH else None
 
 
+def _counts(made: Instruction) -> bool:
+    """Whether it can be a loop's counter or limit, or what compares the two: a sum of arrays branches without end."""
+    return all(not shape.dims and shape.dtype[0] in "sup" for shape in made.shapes[:1])
+
+
 def expression(module: Module, within: Computation, name: str, inputs: tuple | None = None):
     """A scalar as an expression over the state; `inputs` stand for the parameters of a fusion."""
     made = within.get(name)
-    if made is None:
+    if made is None or not _counts(made):
         return None
     if made.op == "constant":
         return ("constant", int(made.arguments)) if re.fullmatch(r"-?\d+", made.arguments) else None

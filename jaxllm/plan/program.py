@@ -56,6 +56,9 @@ class Memory:
     outputs: int
     aliased: int
     temporaries: int
+    """Of TPU programs the sum over all buffers, although many take turns in the same place."""
+    peak: int | None = None
+    """The most that is in use at once, arguments included; None where the compiler does not say."""
 
     @property
     def total(self) -> int:
@@ -116,6 +119,7 @@ def facts(compiled, mesh, chip: Chip | None = None) -> Program:
         analysis.output_size_in_bytes,
         analysis.alias_size_in_bytes,
         analysis.temp_size_in_bytes,
+        getattr(analysis, "peak_memory_in_bytes", 0) or None,
     )
     return from_text(compiled.as_text(), dict(mesh.shape), chip, slice_of=slices, memory=memory)
 

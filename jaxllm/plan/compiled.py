@@ -1,0 +1,64 @@
+"""A lowered step compiled for devices that need not be there, and what the compiler says where it does not fit."""
+
+import dataclasses
+import importlib.metadata
+import re
+import time
+from typing import Any
+
+import jax
+
+from jaxllm.plan.program import Memory, Program, facts
+from jaxllm.plan.target import Target
+
+#: What the TPU compiler writes where a program is too large: "Used 38.62G of 31.25G hbm", or "the total memory required
+#: for HLO temporaries (38.62G) exceeds available HBM (31.25G)"; both count arguments, too.
+USED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """The program of a step; or none, where it would not fit."""
+
+    program: Program | None
+    seconds: float
+    """Lowering and compiling."""
+    needs: float | None = None
+    """Bytes that the compiler says the program would need, where it does not fit."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """How it was made, as plain values."""
+        out = {"seconds": self.seconds, "fits": self.program is not None, "jax": jax.__version__}
+        try:
+            return out | {"libtpu": importlib.metadata.version("libtpu")}
+        except importlib.metadata.PackageNotFoundError:
+            return out
+
+
+def compile_for(lower, mesh, target: Target) -> Compiled:
+    """Facts of what `lower()` gives, compiled; too much memory is a result, anything else raises."""
+    start = time.perf_counter()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = USED.search(str(error))
+        needs = float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1) if used else None
+        return Compiled(None, time.perf_counter() - start, needs)
+    seconds = time.perf_counter() - start
+    return Compiled(facts(compiled, mesh, target.chip), seconds)
+
+
+def needed(memory: Memory, platform: str) -> float:
+    """Bytes that a program needs at once. On TPU temporaries are a sum of what takes turns; on CPU there is no peak."""
+    return memory.peak if platform == "tpu" and memory.peak else memory.total
+
+
+def memory_of(target: Target) -> float | None:
+    """Bytes of one device; CPU devices share those of this machine."""
+    if target.chip is not None:
+        return target.chip.device.hbm
+    import psutil
+
+    return psutil.virtual_memory().total / target.devices

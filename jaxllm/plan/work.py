@@ -1,0 +1,324 @@
+"""FLOPs of a training step by formulas: each matrix product as often as it is computed, attention by its kernel.
+
+A product of t tokens with a matrix of n numbers is 2 t n FLOPs forward, as much for the gradient of its input, and as
+much for the gradient of the matrix where it trains. Rematerialisation computes some of the forward ones again. All
+numbers are of one device and one step.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from jaxllm import tree
+from jaxllm.errors import SettingsError
+from jaxllm.kernels.backend import tracing_for
+from jaxllm.kernels.experts import block_size, rows_needed
+from jaxllm.kernels.splash import BLOCK, LANES
+from jaxllm.model.build import VECTORS, active_parameters
+from jaxllm.model.layer import AttnSpec, LayerSpec, MoeSpec
+from jaxllm.model.spec import ModelConfig, remat_policy_names
+from jaxllm.plan.step import Step
+from jaxllm.sharding import Sharding, names_of
+from jaxllm.train.metrics import flops_per_token
+from jaxllm.weights.axes import is_linear_map, sides
+
+#: Kernels of attention that only one backend has.
+BACKEND = {"splash": "tpu", "cudnn": "gpu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOPs of one device in one step."""
+
+    model: float
+    """What the mathematics asks for: 6 x weights in products x tokens, and causal attention (docs/design.md, MFU)."""
+    matmul: float
+    """Products with weights, forward and backward."""
+    attention: float
+    """The same of attention by its kernel: with whole blocks on the diagonal, and what its backward pass computes."""
+    recomputed: float
+    """What rematerialisation adds to both."""
+    optimizer: float
+    """Products of the optimizer (Muon)."""
+    attention_total: float
+    """Attention with what of it is computed again."""
+
+    @property
+    def total(self) -> float:
+        return self.matmul + self.attention + self.recomputed + self.optimizer
+
+
+def work_of(step: Step, platform: str) -> Work:
+    """FLOPs of a step on the devices of its mesh, on a `platform` (cpu, gpu, tpu)."""
+    tokens = tokens_of(step)
+    products = list(products_of(step, platform))
+    kinds = list(attentions(step, platform))
+    trained = sum(size * (2 + trains) for size, trains, _ in products)
+    again = sum(size * share for size, _, share in products)
+    return Work(
+        model=model_flops(step) * step.stage.batch * step.stage.seq_len / step.sharding.mesh.size,
+        matmul=2 * tokens * trained,
+        attention=sum(kind.forward + kind.backward for kind in kinds),
+        recomputed=2 * tokens * again + sum(kind.forward * kind.again for kind in kinds),
+        optimizer=_muon(step),
+        attention_total=sum(kind.forward * (1 + kind.again) + kind.backward for kind in kinds),
+    )
+
+
+def tokens_of(step: Step) -> float:
+    """Tokens of a device in a step, over all microbatches."""
+    sharding = step.sharding
+    return step.stage.batch * step.stage.seq_len / sharding.ways(sharding.by_row)
+
+
+def microbatch_tokens(step: Step) -> float:
+    """Tokens of a device in a microbatch."""
+    return tokens_of(step) / step.config.train.accumulate
+
+
+def model_flops(step: Step) -> float:
+    """FLOPs of a token, forward and backward, as MFU counts them: of all weights, whether they train or not."""
+    config = step.model.config
+    plain = {path: _Sized(shape) for path, (_, shape) in step.model.weights.items()}
+    layers = [(s.attn.heads, config.attention_dim(s.attn), s.attn.window) for s in config.layer_specs]
+    return flops_per_token(active_parameters(config, plain)[1], layers, step.stage.seq_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sized:
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def products_of(step: Step, platform: str) -> Iterator[tuple[float, bool, float]]:
+    """`(multiply-adds of a token, whether the matrix trains, share that is computed again)` of each matrix product."""
+    config, sharding, unrolled = step.model.config, step.sharding, is_unrolled(step, platform)
+    mask = tree.flatten(tree.select(step.state.params, step.trainable))
+    shapes = tree.flatten(step.model.abstract)
+    names = tree.flatten(step.model.axes, is_leaf=lambda x: isinstance(x, tuple))
+    for path, (axes, shape) in step.model.weights.items():
+        inside = [name for name in shapes if name == path or name.startswith(f"{path}/")]
+        adapters = [name for name in inside if "/lora_" in name]
+        trains = any(mask[name] for name in inside if name not in adapters)
+        again = _again(config, path, unrolled)
+        if path == ("embed" if config.tied else "head"):
+            yield math.prod(shape) / ways(sharding, axes), trains, float(_twice(step))
+        elif not path.startswith(("prefix/", "layers/", "suffix/")) or path.endswith(VECTORS):
+            continue
+        else:
+            yield math.prod(shape) * _share(step, path, platform) / _split(sharding, axes), trains, again
+        for name in (name for name in adapters if not name.endswith("magnitude")):
+            size = math.prod(shapes[name].shape) * _share(step, path, platform)
+            yield size / ways(sharding, names[name]), mask[name], again if path.count("/") > 1 else 0.0
+    if platform == "tpu":
+        yield from _rotations(step)
+
+
+def ways(sharding: Sharding, axes) -> int:
+    """Into how many parts devices split a product beside its tokens: those that split rows gather its matrix."""
+    split = sharding.activation(axes, [1 << 30] * len(axes))
+    return sharding.ways([axis for axis in names_of(split) if axis not in sharding.by_row])
+
+
+def _split(sharding: Sharding, axes) -> int:
+    """The same of a product with the residual stream, which is split where its matrix is not."""
+    split = ways(sharding, axes)
+    return split if split > 1 else ways(sharding, ("residual",)) if "residual" in dict(sharding.rules) else 1
+
+
+def _share(step: Step, path: str, platform: str) -> float:
+    """The share of a weight that one token is multiplied with."""
+    group, slot, *keys = path.split("/")
+    if keys and keys[0] == "moe" and keys[1] in ("gate", "up", "down"):
+        moe = slot_of(step.model.config, group, slot).moe
+        return expert_rows(step, moe, platform)[1] / microbatch_tokens(step) / moe.experts
+    return 1.0
+
+
+def expert_rows(step: Step, moe: MoeSpec, platform: str) -> tuple[float, float]:
+    """`(rows that there is room for, rows that are computed)` on a device in a microbatch, laid out by expert.
+
+    Where experts are split, there is room for the rows of all devices. On CPU all of it is computed (kernels/experts).
+    """
+    own, parts = int(microbatch_tokens(step) * moe.experts_per_token), step.sharding.mesh.shape["expert"]
+    if moe.capacity_factor is not None:
+        own = math.ceil(own * moe.capacity_factor)
+        return own, own
+    with tracing_for(platform):
+        block = block_size(own * parts, moe.experts)
+        room = rows_needed(own * parts, moe.experts // parts, block)
+    return room, room if block > 1 else own
+
+
+def slot_of(config: ModelConfig, group: str, slot: str) -> LayerSpec:
+    """The layers whose weights are at `group/slot`."""
+    return getattr(config, "pattern" if group == "layers" else group)[int(slot)]
+
+
+def is_unrolled(step: Step, platform: str) -> bool:
+    """Whether layers run one after another instead of in a scan; the compiler then finds what is computed twice."""
+    unroll = step.config.kernels.unroll
+    return step.model.config.layers <= (unroll if unroll is not None else 8 if platform == "cpu" else 0)
+
+
+def _twice(step: Step) -> bool:
+    """Whether logits are computed again in the backward pass: `lm` takes its gradient in the forward one."""
+    return step.config.dpo is not None or step.config.distill is not None
+
+
+def _again(config: ModelConfig, path: str, unrolled: bool) -> float:
+    """1 where rematerialisation computes the product again, else 0; names are those of `spec.REMAT_NAMES`."""
+    kept = _kept(config)
+    if kept is None or not path.startswith(("prefix/", "layers/", "suffix/")):
+        return 0.0
+    group, slot, *keys = path.split("/")
+    spec, name = slot_of(config, group, slot), keys[1] if len(keys) > 1 else ""
+    if keys[0] == "attn":
+        return float(_attention_again(spec.attn, name, kept, unrolled))
+    if name == "down" or keys[1:3] == ["shared", "down"]:
+        # Its output is wanted by a norm behind it, by the next layer of the same period, or by the gates of the chosen
+        # experts, before it is summed.
+        last = unrolled or group != "layers" or int(slot) == len(config.pattern) - 1
+        wanted = "mlp_out" not in kept and (config.norm_placement != "pre" or not last)
+        gated = spec.moe is not None and name == "down"
+        return float((wanted or gated) and not (unrolled and {"gate", "up"} <= kept))
+    return float(name not in kept if name in ("gate", "up") else True)
+
+
+def _attention_again(attn: AttnSpec, name: str, kept: set[str], unrolled: bool) -> bool:
+    if name == "o":
+        return "attention_out" not in kept and not (unrolled and "attention" in kept)
+    if attn.latent is not None:
+        result = {"q": "q", "q_up": "q", "k_up": "k", "k_rope": "k", "v_up": "v"}.get(name)
+        return result not in kept
+    return name not in kept or (attn.qk_norm is not None and name in ("q", "k"))
+
+
+def _kept(config: ModelConfig) -> set[str] | None:
+    """The names of values that layers keep for the backward pass, or None where they keep all."""
+    policy = remat_policy_names(config.remat)
+    return None if policy is None else {name for names in policy for name in names}
+
+
+def _rotations(step: Step) -> Iterator[tuple[float, bool, float]]:
+    """RoPE on TPU swaps halves of heads by a product with a permutation (`model/rope.py`)."""
+    config, kept = step.model.config, _kept(step.model.config)
+    for spec in config.layer_specs:
+        if (attn := spec.attn).rope is None:
+            continue
+        size = config.rope_dim(attn) ** 2
+        for heads, axis, name in ((attn.heads, "heads", "q"), (attn.kv_heads or attn.heads, "kv_heads", "k")):
+            heads = 1 if attn.latent and name == "k" else heads / ways(step.sharding, (axis,))
+            yield heads * size, False, float(kept is not None and name not in kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """FLOPs of attention in all layers of one kind, and how often the forward pass is computed again."""
+
+    forward: float
+    backward: float
+    again: float
+
+
+def attentions(step: Step, platform: str) -> Iterator[Attention]:
+    """The attention of each layer."""
+    config, sharding, length = step.model.config, step.sharding, step.stage.seq_len
+    kept, unrolled, parts = _kept(config), is_unrolled(step, platform), sharding.mesh.shape["context"]
+    for attn in (spec.attn for spec in config.layer_specs):
+        kind, qk, v = kernel_of(step, attn, platform), config.qk_dim(attn), config.v_dim(attn)
+        heads = tokens_of(step) * parts / length * attn.heads / ways(sharding, ("heads",))  # of all rows of a device
+        pairs = 2 * heads * pairs_of(kind, length, attn.window, parts)
+        backward = {"reference": 2 * qk + 2 * v, "splash": 4 * qk + 3 * v}.get(kind, 3 * qk + 2 * v)
+        if kind == "blockwise" and kept is None and unrolled:
+            backward -= qk  # the logits of both passes are one
+        yield Attention(pairs * (qk + v), pairs * backward, _forward_again(kind, kept, unrolled, qk, v))
+
+
+def _forward_again(kind: str, kept: set[str] | None, unrolled: bool, qk: int, v: int) -> float:
+    """How much of the forward pass is computed again, beside what the backward pass does by itself."""
+    if kept is None or (unrolled and {"q", "k", "v"} <= kept):
+        return 0.0
+    if "attention" in kept:
+        return qk / (qk + v) if kind == "reference" else 0.0  # its probabilities are not kept
+    return v / (qk + v) if kind in ("blockwise", "ring") else 1.0  # their backward pass computes the logits anyway
+
+
+def kernel_of(step: Step, attn: AttnSpec, platform: str) -> str:
+    """The kernel that computes attention, as `kernels/attention.py` chooses it. Raises SettingsError as that does."""
+    kernels, parts = step.config.kernels, step.sharding.mesh.shape["context"]
+    kind, length = kernels.attention, step.stage.seq_len
+    if BACKEND.get(kind, platform) != platform:
+        raise SettingsError(
+            f"kernels.attention={kind} is for {BACKEND[kind].upper()}, and this plan is for {platform.upper()}; "
+            "set kernels.attention=auto"
+        )
+    if parts > 1 and kernels.context == "ring":
+        return "ring"
+    if kind != "auto":
+        return kind
+    if platform == "gpu" and parts == 1:
+        return "cudnn"
+    whole = length >= LANES if parts == 1 else length % (2 * parts * LANES) == 0
+    return "splash" if platform == "tpu" and not attn.alibi and whole else "blockwise"
+
+
+def pairs_of(kind: str, length: int, window: int | None, parts: int = 1) -> float:
+    """Pairs of query and key that a kernel multiplies for a head of a row, on each of `parts` devices that share it."""
+    if kind == "splash":
+        run = -(-length // LANES) * LANES if parts == 1 else length // (2 * parts)
+        size = next(n for n in range(min(BLOCK, run), 0, -LANES) if run % n == 0)
+        n, reach = -(-length // size), length if window is None else window
+        # Block (i, j) is read where its nearest pair, (i - j) * size - (size - 1) apart, is within the window.
+        return size**2 * sum(1 for i in range(n) for j in range(i + 1) if (i - j) * size - size + 1 < reach) / parts
+    if kind == "ring":
+        own, half = length // parts, length % (2 * parts) == 0
+        return _chunked(own, window) + (parts - 1) * own**2 / (2 if half else 1)
+    if kind == "blockwise" and parts == 1:
+        return _chunked(length, window)
+    if kind == "cudnn":
+        w = min(window or length, length)
+        return w * (length - w / 2)
+    return length**2 / parts
+
+
+def _chunked(length: int, window: int | None) -> float:
+    """`kernels/blockwise.py`: 128 queries at a time, or a sixteenth of them, against the keys that they can see."""
+    size, pairs = max(128, -(-length // 16)), 0
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        pairs += (end - start) * (end - (0 if window is None else max(0, start - window + 1)))
+    return pairs
+
+
+def kernel_flops(step: Step, name: str) -> float | None:
+    """FLOPs of one run of a Pallas kernel of attention, in the mean over the layers; None for another kernel.
+
+    The kernels of splash attention declare none.
+    """
+    if "splash" not in name:
+        return None
+    config, length, parts = step.model.config, step.stage.seq_len, step.sharding.mesh.shape["context"]
+    rows, found = tokens_of(step) * parts / step.config.train.accumulate / length, []
+    for attn in (spec.attn for spec in config.layer_specs):
+        qk, v = config.qk_dim(attn), config.v_dim(attn)
+        products = 2 * qk + 2 * v if "_dkv" in name else 2 * qk + v if "_dq" in name else qk + v
+        heads = attn.heads / ways(step.sharding, ("heads",))
+        found.append(2 * rows * heads * products * pairs_of("splash", length, attn.window, parts))
+    return sum(found) / len(found)
+
+
+def _muon(step: Step) -> float:
+    """Five Newton-Schulz steps of each matrix, `x x^T`, its square, and a product of both with x, split evenly."""
+    if step.config.optim.name != "muon":
+        return 0.0
+    mask, total = tree.flatten(tree.select(step.state.params, step.trainable)), 0.0
+    names = tree.flatten(step.model.axes, is_leaf=lambda x: isinstance(x, tuple))
+    for path, leaf in tree.flatten(step.model.abstract).items():
+        if mask[path] and is_linear_map(names[path]):
+            small, large = sorted(sides(names[path]).fans(leaf))
+            total += math.prod(leaf.shape) / (small * large) * 5 * 2 * (2 * small**2 * large + small**3)
+    return total / step.sharding.mesh.size
