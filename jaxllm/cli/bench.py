@@ -17,7 +17,7 @@ def add_bench(verbs):
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
 
     help = "training steps compiled for absent TPU slices: memory, bytes sent, cycles, compile time"
-    verb = new_verb(verbs, "programs", help, bench_programs, "bench programs llama3.1-8b-v5p")
+    verb = new_verb(verbs, "programs", help, bench_programs, "bench programs")
     verb.add_argument("names", nargs="*", metavar="PROGRAM", help="default: all, which takes some ten minutes")
     verb.add_argument(
         "--maxtext", metavar="PYTHON", help="of an environment with MaxText, to compile its programs in turn"

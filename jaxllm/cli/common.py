@@ -24,6 +24,7 @@ EXAMPLES = {
     "bench train": "jaxllm bench train --workloads W1 W2",
     "bench adapt": "jaxllm bench adapt --steps 20",
     "bench generate": "jaxllm bench generate models/gemma-3-270m --batches 1 8",
+    "bench programs": "jaxllm bench programs llama3.1-8b-v5p",
     "bench load": "jaxllm bench load models/gemma-3-270m",
     "info": "jaxllm info models/gemma-3-270m",
     "plan": "jaxllm plan llama3.1-8b --topology v5p:4x4x4 --tokens 15e12 train.batch=256",

@@ -67,11 +67,11 @@ def test_angles_are_right_at_every_position(base):
 @pytest.mark.fast
 @pytest.mark.parametrize("spec", [LONG, {"scaling": "dynamic_ntk", "factor": 4.0, "original_context": 16}])
 def test_packed_documents_have_the_angles_that_they_have_alone(spec):
-    lengths = (9, 30, 5)
-    positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths])[None])
-    segments = jnp.asarray(np.repeat([1, 2, 3], lengths)[None])
-    packed, start = tables(rope(**spec), 8, positions, segments_BT=segments), 0
-    for n in lengths:
-        alone = tables(rope(**spec), 8, jnp.arange(n)[None])
+    sizes = (9, 30, 5)
+    positions = jnp.asarray(np.concatenate([np.arange(n) for n in sizes])[None])
+    segments = jnp.asarray(np.repeat([1, 2, 3], sizes)[None])
+    packed, start = tables(rope(**spec), 8, positions, lengths(positions, segments)), 0
+    for n in sizes:
+        alone = row_tables(rope(**spec), np.arange(n)[None])
         assert tiny.bit_equal(tuple(x[:, start : start + n] for x in packed), alone)
         start += n

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,8 @@ def test_noise_on_the_embeddings_is_bounded_by_the_length_of_each_document(model
     from jaxllm.model.transformer import _noise
 
     x_BTD = jnp.zeros((*batch.tokens_BT.shape, 1000))
-    noise = np.abs(_noise(jax.random.key(0), 2.0, x_BTD, batch.segments_BT)).max(axis=-1)
+    context = types.SimpleNamespace(sharding=model.sharding, segments_BT=batch.segments_BT)
+    noise = np.abs(_noise(jax.random.key(0), 2.0, x_BTD, context)).max(axis=-1)
     for row, segments in enumerate(np.asarray(batch.segments_BT)):
         for segment in set(segments.tolist()):
             bound = 2.0 / np.sqrt((segments == segment).sum() * 1000)
