@@ -25,10 +25,13 @@ from jaxllm.train.memory import device_bytes
 
 #: Arrays that the backward pass of a layer holds at its peak, as multiples of t D and t F (of what a device has of F).
 WIDE, DEEP = 5.0, 6.0
-#: Floats of logits that a chunk of the loss holds: logits, probabilities and their gradient.
-LOGITS = 3.0
+#: Floats that a chunk of the loss holds for each logit: on CPU also probabilities and gradient, elsewhere these are
+#: made where they are used.
+LOGITS = {"cpu": 3.0, "gpu": 2.0, "tpu": 1.25}
 #: The same of attention where no kernel keeps them on the chip.
 SCORES = 2.2
+#: Heads that TPUs keep are padded to whole lanes.
+LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ def activations(step: Step, platform: str) -> float:
     t, u, unrolled = microbatch_tokens(step), _size(step, platform), is_unrolled(step, platform)
     if policy is None or (unrolled and platform == "cpu"):  # there the compiler does not wait with computing it again
         kept = t * sum(_all(step, spec, u, platform, _stream(step)) for spec in config.layer_specs)
-        return kept + (scores(step, platform) if unrolled else _every_gathered(step, u))
+        return kept + _every_gathered(step, u) + (scores(step, platform) if unrolled else 0.0)
     names, total = set(policy[0]), 0.0
     period = 1 if unrolled else len(config.pattern)
     for index, spec in enumerate(config.layer_specs):
@@ -125,16 +128,21 @@ def _named(step: Step, spec: LayerSpec, u: int, platform: str) -> dict[str, floa
     kv_heads = attn.heads / heads if attn.latent else (attn.kv_heads or attn.heads) / ways(sharding, ("kv_heads",))
     width = _width(step, spec, platform) / ffw * u
     after = config.norm_placement != "pre" or spec.moe is not None
+    qk, v = (_padded(dim, platform) for dim in (config.qk_dim(attn), config.v_dim(attn)))
     return {
-        "q": attn.heads / heads * config.qk_dim(attn) * u,
-        "k": kv_heads * config.qk_dim(attn) * u,
-        "v": kv_heads * config.v_dim(attn) * u,
-        "attention": attn.heads / heads * (config.v_dim(attn) * u + 4),  # and the log of the softmax's sum
+        "q": attn.heads / heads * qk * u,
+        "k": kv_heads * qk * u,
+        "v": kv_heads * v * u,
+        "attention": attn.heads / heads * (v * u + 4),  # and the log of the softmax's sum
         "attention_out": _stream(step) * u,
         "gate": width * _gated(spec),
         "up": width,
         "mlp_out": _stream(step) * u * after,
     }
+
+
+def _padded(dim: int, platform: str) -> int:
+    return -(-dim // LANES) * LANES if platform == "tpu" else dim
 
 
 def _width(step: Step, spec: LayerSpec, platform: str) -> float:
@@ -206,10 +214,10 @@ def _layer(step: Step, platform: str) -> float:
 def layer_bytes(step: Step, platform: str) -> float:
     """Activations that the widest layer holds in its backward pass."""
     config, ffw = step.model.config, ways(step.sharding, ("ffw",))
+    adapters = any("/lora_" in path for path in tree.flatten(step.model.abstract))  # they have outputs of their own
     held = [
-        DEEP * config.embed
-        + 2 * _laid_out(step, spec, platform) * config.embed
-        + WIDE * _width(step, spec, platform) / ffw
+        (DEEP + adapters + 2 * _laid_out(step, spec, platform)) * config.embed
+        + (WIDE + adapters) * _width(step, spec, platform) / ffw
         for spec in config.layer_specs
     ]
     return microbatch_tokens(step) * _size(step, platform) * max(held) + SCORES * scores(step, platform, each=False)
@@ -248,7 +256,7 @@ def logits_bytes(step: Step, platform: str) -> float:
     shape = (int(rows), step.stage.seq_len // sharding.mesh.shape["context"], config.embed)
     here = SimpleNamespace(platform=platform, spread=sharding.inside().spread)
     chunks = chunks_of(SimpleNamespace(config=config, sharding=here), shape)
-    return LOGITS * 4 * microbatch_tokens(step) / chunks * config.padded_vocab / ways(sharding, ("vocab",))
+    return LOGITS[platform] * 4 * microbatch_tokens(step) / chunks * config.padded_vocab / ways(sharding, ("vocab",))
 
 
 def _embedding(step: Step) -> float:

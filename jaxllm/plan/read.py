@@ -24,7 +24,7 @@ class Plannable(NamedTuple):
     assumed: tuple[str, ...]
 
 
-def read(source: str, overrides: Sequence[str] = (), *, devices: int = 1, generates: bool = False) -> Plannable:
+def read(source: str | dict, overrides: Sequence[str] = (), *, devices: int = 1, generates: bool = False) -> Plannable:
     """The settings to plan with: of a settings file, a run folder, a model of configs/models or a published model.
 
     Neither text nor tokenizer is needed: only how large the vocabulary is. A model by itself is planned with rows of
@@ -40,7 +40,7 @@ def read(source: str, overrides: Sequence[str] = (), *, devices: int = 1, genera
         training = ("model.dtype", "model.remat", "train.seq_len", "train.batch")
         listed = ("model.dtype", "parallel.tensor") if generates else training
         assumed = [f"{key}={_get(raw, key)}" for key in listed if key not in asked]
-    raw = _without_text(raw, source, bool(dial))
+    raw = _without_text(raw, "settings" if isinstance(source, dict) else source, bool(dial))
     return Plannable(load_run(raw, dial)[0], tuple(assumed))
 
 
@@ -49,8 +49,10 @@ def _get(raw: dict, key: str):
     return raw[section][name]
 
 
-def _open(source: str) -> tuple[dict, bool]:
+def _open(source: str | dict) -> tuple[dict, bool]:
     """`(settings as a dict, whether they are those of a model by itself)`."""
+    if isinstance(source, dict):
+        return source, False
     path = Path(source)
     if path.is_dir() and (path / "settings.yaml").is_file():
         return settings_of.read_yaml(path / "settings.yaml"), False

@@ -312,13 +312,20 @@ def kernel_flops(step: Step, name: str) -> float | None:
 
 
 def _muon(step: Step) -> float:
-    """Five Newton-Schulz steps of each matrix, `x x^T`, its square, and a product of both with x, split evenly."""
+    """Five Newton-Schulz steps of each matrix: `a = x x^T`, `a a`, and a product of both with x (optax's order)."""
     if step.config.optim.name != "muon":
         return 0.0
     mask, total = tree.flatten(tree.select(step.state.params, step.trainable)), 0.0
     names = tree.flatten(step.model.axes, is_leaf=lambda x: isinstance(x, tuple))
     for path, leaf in tree.flatten(step.model.abstract).items():
-        if mask[path] and is_linear_map(names[path]):
-            small, large = sorted(sides(names[path]).fans(leaf))
-            total += math.prod(leaf.shape) / (small * large) * 5 * 2 * (2 * small**2 * large + small**3)
-    return total / step.sharding.mesh.size
+        if not mask[path] or not is_linear_map(names[path]):
+            continue
+        _, inputs, outputs = sides(names[path])
+        fans = sides(names[path]).fans(leaf)
+        rows, (small, large) = inputs if fans[0] <= fans[1] else outputs, sorted(fans)
+        split = math.prod(leaf.shape) / math.prod(leaf.sharding.shard_shape(leaf.shape))
+        # Where devices split the long side, each of them has all of `a`, and multiplies it by itself.
+        alone = all(leaf.sharding.shard_shape(leaf.shape)[i] == leaf.shape[i] for i in rows)
+        one = 2 * small**2 * large / split + small**3 / (1 if alone else split)
+        total += math.prod(leaf.shape) / (small * large) * 5 * 2 * one
+    return total

@@ -1,0 +1,103 @@
+"""Formulas against compiled programs: FLOPs within 2 %, memory within 15 %, bytes on the wire."""
+
+import functools
+
+import plans
+import pytest
+
+from jaxllm.plan.bounds import kernels_flops
+from jaxllm.plan.compiled import needed
+from jaxllm.plan.estimate import held_by
+from jaxllm.plan.plan import compile_step
+from jaxllm.plan.traffic import flows_of
+from jaxllm.plan.work import pairs_of, work_of
+
+FSDP, DATA, TENSOR = (
+    ("parallel.fsdp=8",),
+    ("parallel.data=2", "parallel.fsdp=4"),
+    ("parallel.fsdp=4", "parallel.tensor=2"),
+)
+EXPERT = ("parallel.fsdp=2", "parallel.expert=4")
+MESHES = {name: (FSDP, DATA, EXPERT if name == "moe" else TENSOR) for name in plans.MODELS}
+#: The rest of the 18 is left to `make slow`: each is a program of its own.
+QUICK = {("llama", FSDP), ("gemma", DATA), ("latent", TENSOR), ("moe", EXPERT)}
+CASES = [
+    pytest.param(name, mesh, marks=[] if (name, mesh) in QUICK else pytest.mark.slow, id=f"{name} {' '.join(mesh)}")
+    for name, meshes in MESHES.items()
+    for mesh in meshes
+]
+
+
+@functools.cache
+def both(source, *overrides):
+    """`(step, target, program)` of the CPU devices of this process."""
+    step, target = plans.described(source, "cpu:8", *overrides)
+    return step, target, compile_step(step.config, target).program
+
+
+@pytest.mark.parametrize("name, mesh", CASES)
+def test_what_is_compiled_is_what_formulas_say(name, mesh):
+    check(*both(name, *mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.remat=full",),
+        ("model.remat=minimal",),
+        ("model.remat=[attention]",),
+        ("model.remat=qkv", "model.layers=3"),
+        ("model.remat=full", "train.accumulate=2"),
+        ("model.remat=full", "train.seq_len=512", "train.batch=8"),
+        ("optim.name=muon", "optim.eps=null", "optim.b1=null", "optim.b2=null"),
+        ("lora={rank: 8}", "train.init=absent", "model.remat=full"),
+        ("parallel.context=2", "model.remat=full"),
+        ("parallel.context=2", "kernels.context=ring", "model.remat=full"),
+    ],
+    ids=" ".join,
+)
+def test_whatever_the_settings(overrides):
+    check(*both("llama", *overrides), memory="context" not in overrides[0])
+
+
+def check(step, target, program, memory: bool = True):
+    work, held = work_of(step, target.platform), held_by(step, target.platform)
+    counted = sum((*program.matmul_flops.values(), *kernels_flops(step, program).values()))
+    assert work.total == pytest.approx(counted, rel=0.02)
+    if memory:
+        assert held.total == pytest.approx(needed(program.memory, target.platform), rel=0.15)
+    state = held.parameters + held.optimizer + held.batch
+    assert state == pytest.approx(program.memory.arguments, rel=1e-3), "what is there before the step is known exactly"
+
+
+def test_another_policy_than_the_compiled_one_would_show():
+    """What the bounds are worth: 2 % and 15 % tell these settings apart."""
+    step, target, program = both("llama", *FSDP)
+    for remat in ("full", "qkv"):
+        other, _ = plans.described("llama", "cpu:8", *FSDP, f"model.remat={remat}")
+        assert work_of(other, "cpu").total / sum(program.matmul_flops.values()) > 1.05
+        assert held_by(other, "cpu").total / needed(program.memory, "cpu") < 0.8
+
+
+@pytest.mark.parametrize("name, mesh", [("llama", FSDP), ("gemma", DATA)], ids=["llama", "gemma"])
+def test_bytes_on_the_wire(name, mesh):
+    step, target, program = both(name, *mesh)
+    flows = {(flow.kind, flow.axes): flow.wire_bytes for flow in flows_of(step, target.platform)}
+    for row in program.collectives:
+        if row.wire_bytes > 1e5:
+            assert flows.pop((row.kind, row.axes)) == pytest.approx(row.wire_bytes, rel=0.02)
+    assert not {key: bytes_ for key, bytes_ in flows.items() if bytes_ > 1e5}
+
+
+def test_all_kernels_see_every_pair_that_is_visible():
+    for length, window in ((512, None), (1024, 200), (4096, None), (4096, 512)):
+        w = min(window or length, length)
+        visible = w * (w + 1) / 2 + (length - w) * w
+        exact = pairs_of("cudnn", length, window)
+        assert exact == pytest.approx(visible, rel=2 / w)
+        for kind in ("splash", "blockwise", "reference"):
+            assert pairs_of(kind, length, window) >= visible
+        assert pairs_of("splash", length, window) <= visible + length * 1024
+    assert pairs_of("splash", 4096, None, 4) * 4 == pairs_of("splash", 4096, None)
+    assert pairs_of("ring", 4096, None, 4) * 4 < 0.6 * 4096**2 and pairs_of("ring", 4096, None, 1) >= 4096**2 / 2

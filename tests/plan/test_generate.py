@@ -1,0 +1,81 @@
+"""Plans of generation: weights, cache, and what memory and compute allow."""
+
+import json
+
+import jax
+import plans
+import pytest
+
+from jaxllm.chips import CHIPS
+from jaxllm.errors import SettingsError
+from jaxllm.info import cache_bytes
+from jaxllm.plan.bounds import ASSUMED
+from jaxllm.plan.generate import Request, plan_generation, show
+from jaxllm.plan.read import read
+from jaxllm.plan.target import parse_target
+
+
+def planned(source, topology, *overrides, compiles=False, **request):
+    target = parse_target(topology)
+    config = read(source, overrides, devices=target.devices, generates=True).config
+    return config, plan_generation(config, target, Request(**request), compiles=compiles)
+
+
+@pytest.mark.fast
+def test_tokens_a_second_are_bound_by_what_is_read():
+    config, found = planned("llama3.1-8b", "h100:1", batch=16, context=8192)
+    weights, cache = 2 * 8_030_261_248, 16 * 8192 * cache_bytes(config.model, 2)
+    kinds = found["memory"]["kinds"]
+    assert kinds["parameters"] == weights and kinds["cache"] == pytest.approx(cache, rel=1e-3)
+    one = found["decode"]
+    seconds = (kinds["parameters"] + kinds["cache"]) / (CHIPS["h100"].hbm_bandwidth * ASSUMED["memory"])
+    assert one["bound"] == "memory" and one["seconds"] == pytest.approx(seconds)
+    assert one["tokens_per_second"] == pytest.approx(16 / seconds) == 16 * one["tokens_per_second_per_row"]
+    assert found["prefill"]["bound"] == "compute"
+    assert found["prefill"]["tokens_per_second"] > 10 * one["tokens_per_second"]
+    assert "key-value cache" in show(found) and json.dumps(found)
+
+
+@pytest.mark.fast
+def test_fewer_bits_and_more_devices_take_less_room():
+    _, plain = planned("llama3.1-8b", "h100:1", batch=16, context=8192)
+    _, small = planned("llama3.1-8b", "h100:1", batch=16, context=8192, cache="int8", weights="int8")
+    _, split = planned("llama3.1-8b", "h100:8", batch=16, context=8192)
+    before, after, part = (x["memory"]["kinds"] for x in (plain, small, split))
+    assert 0.5 < after["cache"] / before["cache"] < 0.53, "a scale for each head and position"
+    assert 0.5 < after["parameters"] / before["parameters"] < 0.6, "tables stay as they are"
+    assert part["parameters"] / before["parameters"] == pytest.approx(1 / 8, rel=0.01)
+    assert small["decode"]["tokens_per_second"] > 1.7 * plain["decode"]["tokens_per_second"]
+
+
+@pytest.mark.fast
+def test_of_experts_only_those_are_read_that_a_token_chooses():
+    _, few = planned("mixtral-8x7b", "h100:8", batch=1, context=1024)
+    _, many = planned("mixtral-8x7b", "h100:8", batch=64, context=1024)
+    spent = [(x["decode"]["bounds"]["memory"]["seconds"], x["memory"]["kinds"]) for x in (few, many)]
+    speed = CHIPS["h100"].hbm_bandwidth * ASSUMED["memory"]
+    shares = [(seconds * speed - kinds["cache"]) / kinds["parameters"] for seconds, kinds in spent]
+    assert shares[0] == pytest.approx(12_748_587_008 / 46_702_792_704, abs=0.02) and shares[1] > 0.99
+
+
+@pytest.mark.fast
+def test_what_cannot_be_generated():
+    with pytest.raises(SettingsError, match="--context 9999 is more than model.context=512"):
+        planned(plans.settings(), "h100:1", batch=1, context=9999)
+    with pytest.raises(SettingsError, match="--batch 0"):
+        Request(batch=0, context=8)
+    _, found = planned("llama3.1-70b", "h100:1", batch=1, context=1024)
+    assert not found["memory"]["fits"] and "--weights int8" in found["advice"]
+
+
+def test_the_programs_are_those_that_generate():
+    """The loop that makes tokens holds weights and cache as its arguments, and a token costs its products."""
+    overrides = ("parallel.data=2", "parallel.fsdp=1", "parallel.tensor=2", "model.layers=2")
+    config, found = planned(plans.settings(), "cpu:4", *overrides, compiles=True, batch=4, context=128)
+    assert found["memory"]["source"] == "the compiled programs" and found["memory"]["fits"]
+    assert set(found["compiled"]) == {"decode", "prefill"} and all(one["fits"] for one in found["compiled"].values())
+    kinds = found["memory"]["kinds"]
+    assert kinds["temporaries"] > 0 and found["decode"] is None
+    assert kinds["cache"] == pytest.approx(cache_bytes(config.model, 4) * 4 * 128 / 4, rel=0.05)
+    assert "memory of a device, by the compiled programs" in show(found)
+    assert len(jax.devices()) >= 4
