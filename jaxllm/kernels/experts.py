@@ -9,7 +9,7 @@ Shapes: M rows (padded), D input, F output, E experts, C blocks, R rows of a blo
 import jax
 import jax.numpy as jnp
 
-from jaxllm.kernels.backend import platform
+from jaxllm.kernels.backend import alone, platform
 
 #: Rows that the TPU kernel computes at a time.
 TILE = 512
@@ -46,7 +46,9 @@ def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, blo
     Rows past the sum of `sizes_E` give garbage; nobody reads them.
     """
     if block == 1:
-        return _on_tpu(x_MD, w_EDF, sizes_E) if platform() == "tpu" else jax.lax.ragged_dot(x_MD, w_EDF, sizes_E)
+        if platform() == "tpu" and alone():
+            return _on_tpu(x_MD, w_EDF, sizes_E)
+        return jax.lax.ragged_dot(x_MD, w_EDF, sizes_E)  # the compiler can split it over the tensor axis
     x_CRD = x_MD.reshape(-1, block, x_MD.shape[-1])
     expert_C = owners(sizes_E, x_MD.shape[0], block)
     y_CRF = jnp.einsum("CRD,CDF->CRF", x_CRD, w_EDF[expert_C])
