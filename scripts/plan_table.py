@@ -17,10 +17,11 @@ ROWS = {
     "mixtral-v5p": ("mixtral-8x7b", "v5p:4x8x8", ["train.batch=512", "train.seq_len=4096"], 2909, 0.526),
     "mixtral-v6e": ("mixtral-8x7b", "v6e:16x16", ["train.batch=256", "train.seq_len=4096"], 3899, 0.352),
 }
-HEAD = (
-    "| model, topology | settings | memory | a step, s | tokens/s/chip, predicted | with all waits | published | error "
-    "| MFU, predicted | published |\n|---|---|---|---|---|---|---|---|---|---|"
-)
+COLUMNS = (
+    "model, topology", "settings", "memory (formulas)", "a step, s", "tokens/s/chip, predicted", "with all waits",
+    "published", "error", "MFU, predicted", "published",
+)  # fmt: skip
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def row(name: str) -> str:
@@ -37,11 +38,13 @@ def row(name: str) -> str:
     memory, step, speed = found["memory"], found["step"], found["speed"]
     each = speed["tokens_per_second_per_chip"]
     waits = found["run"]["tokens"] / step["with_waits"] / target.chips
-    return (
-        f"| {model}, {topology} | `{' '.join(overrides)}` | {memory['total'] / 2**30:.1f} of "
-        f"{memory['capacity'] / 2**30:.1f} GiB | {step['seconds']:.2f} | {each:,.0f} | {waits:,.0f} | {published:,} | "
-        f"{each / published - 1:+.0%} to {waits / published - 1:+.0%} | {speed['mfu']:.1%} | {mfu:.1%} |"
-    )
+    room = f"{memory['total'] / 2**30:.1f} of {memory['capacity'] / 2**30:.1f} GiB ({memory['estimate']['error']:+.0%})"
+    cells = (
+        f"{model}, {topology}", f"`{' '.join(overrides)}`", room, f"{step['seconds']:.2f}", f"{each:,.0f}",
+        f"{waits:,.0f}", f"{published:,}", f"{each / published - 1:+.0%} to {waits / published - 1:+.0%}",
+        f"{speed['mfu']:.1%}", f"{mfu:.1%}",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
 
 
 def main(names: list[str]) -> None:

@@ -181,15 +181,20 @@ def gathered_bytes(step: Step, platform: str) -> float:
 
 
 def _every_gathered(step: Step, u: int) -> float:
+    """Weights of all layers, where they are kept as they were gathered; codes are unpacked for each product anew."""
     times = {"layers": step.model.config.periods}
     shared = any(step.sharding.mesh.shape[axis] > 1 for axis in step.sharding.by_row)
-    return u * sum(size * times.get(group, 1) for group, size in _by_period(step).items()) if shared else 0.0
+    plain = _by_period(step, plain=True)
+    return u * sum(size * times.get(group, 1) for group, size in plain.items()) if shared else 0.0
 
 
-def _by_period(step: Step) -> dict[str, float]:
-    """`{group: numbers}` of whole weights; those of a layer stack for one period."""
+def _by_period(step: Step, plain: bool = False) -> dict[str, float]:
+    """`{group: numbers}` of whole weights, or of those that are arrays; those of a layer stack for one period."""
     found: dict[str, float] = {}
+    arrays = tree.flatten(step.model.abstract)
     for path, (axes, shape) in step.model.weights.items():
+        if plain and path not in arrays and f"{path}/base" not in arrays:
+            continue
         group = path.split("/")[0] if path.startswith("layers/") else "/".join(path.split("/")[:2])
         if path.startswith(("prefix/", "layers/", "suffix/")):
             size = math.prod(shape[axes[0] == "layers" :]) / ways(step.sharding, axes) / _experts(step, axes)

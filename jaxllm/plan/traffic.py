@@ -59,7 +59,9 @@ def _weights(step: Step, platform: str) -> Iterator[tuple[str, tuple[str, ...], 
         leaf, axes = shapes[path], tuple(axis for axes in places for axis in axes if sizes[axis] > 1)
         if not axes:
             continue
-        numbers = leaf.size / step.sharding.ways([n for n in names_of(leaf.sharding.spec) if n not in axes])
+        # What tensor parallelism splits is gathered whole along the other axes, as programs of today have it.
+        kept = [n for n in names_of(leaf.sharding.spec) if n not in axes and n in model.local.sharding.manual]
+        numbers = leaf.size / step.sharding.ways(kept)
         whole = numbers * (compute if path in gather.matrices else leaf.dtype.itemsize)
         layer = path.startswith(("prefix/", "layers/", "suffix/"))
         yield "all-gather", axes, microbatches * whole * (1 + (layer and again))
@@ -88,8 +90,10 @@ def _rows(step: Step, platform: str) -> Iterator[tuple[str, tuple[str, ...], flo
     for spec in config.layer_specs:
         attn = spec.attn
         if ways(step.sharding, ("heads",)) > 1:
-            # Two products forward, the gradients of their inputs, and the first one again.
-            yield "all-reduce", ("tensor",), t * config.embed * u * (4 + again)
+            # What two products give, and what two of them read: forward, again, and the gradients of both.
+            stream = t * config.embed * u
+            yield "all-reduce" if platform == "cpu" else "reduce-scatter", ("tensor",), stream * (4 + again)
+            yield "all-gather", ("tensor",), stream * (4 + 2 * again)
         if sizes["context"] > 1:
             heads = (attn.kv_heads or attn.heads) / ways(step.sharding, ("kv_heads",))
             keys = t * heads * (config.qk_dim(attn) + config.v_dim(attn)) * u

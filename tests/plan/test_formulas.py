@@ -52,6 +52,8 @@ def test_what_is_compiled_is_what_formulas_say(name, mesh):
         ("model.remat=full", "train.seq_len=512", "train.batch=8"),
         ("optim.name=muon", "optim.eps=null", "optim.b1=null", "optim.b2=null"),
         ("lora={rank: 8}", "train.init=absent", "model.remat=full"),
+        ("lora={rank: 8}", "train.init=absent", "quantize={rules: [{format: nf4, group: 32}]}"),
+        ("qat={rules: [{format: int8}]}", "model.remat=full"),
         ("parallel.context=2", "model.remat=full"),
         ("parallel.context=2", "kernels.context=ring", "model.remat=full"),
     ],
