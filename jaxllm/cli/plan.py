@@ -44,6 +44,7 @@ def plan(args) -> int:
 
     target = parse_target(args.topology, args.slices)
     prepare_environment(target)
+    from jaxllm.plan.fits import check_fits
     from jaxllm.plan.read import read
 
     config, assumed = read(args.config, args.overrides, devices=target.devices, generates=args.generate)
@@ -51,10 +52,7 @@ def plan(args) -> int:
         _generation(args, config, assumed, target) if args.generate else _training(args, config, assumed, target)
     )
     print(json.dumps(found) if args.json else text())
-    if "advice" in found:
-        from jaxllm.errors import ResourceError
-
-        raise ResourceError(found["advice"])
+    check_fits(found)
     return 0
 
 

@@ -18,8 +18,10 @@ from jaxllm.model.layer import LayerSpec
 from jaxllm.model.mlp import GATED
 from jaxllm.model.spec import remat_policy_names
 from jaxllm.objectives.lm import chunks_of
+from jaxllm.plan.attention import BACKEND, kernel_of, pairs_of
+from jaxllm.plan.parts import is_unrolled, microbatch_tokens, ways
 from jaxllm.plan.step import Step
-from jaxllm.plan.work import BACKEND, expert_rows, is_unrolled, kernel_of, microbatch_tokens, pairs_of, ways
+from jaxllm.plan.work import expert_rows
 from jaxllm.sharding import names_of
 from jaxllm.train.memory import device_bytes
 

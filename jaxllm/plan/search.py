@@ -13,7 +13,8 @@ from jaxllm.errors import ResourceError, SettingsError
 from jaxllm.plan.bounds import compute_bound, memory_bound, network_bounds
 from jaxllm.plan.compiled import memory_of
 from jaxllm.plan.estimate import KINDS, Held, held_by
-from jaxllm.plan.plan import plan, smallest_slice, speed_of
+from jaxllm.plan.fits import smallest_slice
+from jaxllm.plan.plan import plan, speed_of
 from jaxllm.plan.step import Step, describe, longest
 from jaxllm.plan.target import Target
 from jaxllm.plan.traffic import flows_of

@@ -43,7 +43,8 @@ def _head(found) -> str:
         versions = ", ".join(
             f"{name} {found['compiled'][name]}" for name in ("jax", "libtpu") if name in found["compiled"]
         )
-        lines.append(f"compiled in {found['compiled']['seconds']:.0f} s by {versions}")
+        done = "compiled in" if found["compiled"]["fits"] else "refused as too large, after"
+        lines.append(f"{done} {found['compiled']['seconds']:.0f} s by {versions}")
     return "\n".join(lines)
 
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from jaxllm import tree
 from jaxllm.plan.collectives import wire
+from jaxllm.plan.parts import is_unrolled, tokens_of, ways
 from jaxllm.plan.step import Step
 from jaxllm.plan.target import Target
-from jaxllm.plan.work import is_unrolled, tokens_of, ways
 from jaxllm.sharding import names_of
 from jaxllm.weights.axes import is_linear_map
 

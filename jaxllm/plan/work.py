@@ -10,20 +10,17 @@ import math
 from collections.abc import Iterator
 
 from jaxllm import tree
-from jaxllm.errors import SettingsError
 from jaxllm.kernels.backend import tracing_for
 from jaxllm.kernels.experts import block_size, rows_needed
-from jaxllm.kernels.splash import BLOCK, LANES
 from jaxllm.model.build import VECTORS, active_parameters
-from jaxllm.model.layer import AttnSpec, LayerSpec, MoeSpec
-from jaxllm.model.spec import ModelConfig, remat_policy_names
+from jaxllm.model.layer import AttnSpec, MoeSpec
+from jaxllm.model.spec import ModelConfig
+from jaxllm.plan.attention import attentions
+from jaxllm.plan.parts import is_unrolled, kept_names, microbatch_tokens, slot_of, tokens_of, ways
 from jaxllm.plan.step import Step
-from jaxllm.sharding import Sharding, names_of
+from jaxllm.sharding import Sharding
 from jaxllm.train.metrics import flops_per_token
 from jaxllm.weights.axes import is_linear_map, sides
-
-#: Kernels of attention that only one backend has.
-BACKEND = {"splash": "tpu", "cudnn": "gpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +60,6 @@ def work_of(step: Step, platform: str) -> Work:
         optimizer=_muon(step),
         attention_total=sum(kind.forward * (1 + kind.again) + kind.backward for kind in kinds),
     )
-
-
-def tokens_of(step: Step) -> float:
-    """Tokens of a device in a step, over all microbatches."""
-    sharding = step.sharding
-    return step.stage.batch * step.stage.seq_len / sharding.ways(sharding.by_row)
-
-
-def microbatch_tokens(step: Step) -> float:
-    """Tokens of a device in a microbatch."""
-    return tokens_of(step) / step.config.train.accumulate
 
 
 def model_flops(step: Step) -> float:
@@ -117,12 +103,6 @@ def products_of(step: Step, platform: str) -> Iterator[tuple[float, bool, float]
         yield from _rotations(step)
 
 
-def ways(sharding: Sharding, axes) -> int:
-    """Into how many parts devices split a product beside its tokens: those that split rows gather its matrix."""
-    split = sharding.activation(axes, [1 << 30] * len(axes))
-    return sharding.ways([axis for axis in names_of(split) if axis not in sharding.by_row])
-
-
 def _split(sharding: Sharding, axes) -> int:
     """The same of a product with the residual stream, which is split where its matrix is not."""
     split = ways(sharding, axes)
@@ -153,17 +133,6 @@ def expert_rows(step: Step, moe: MoeSpec, platform: str) -> tuple[float, float]:
     return room, room if block > 1 else own
 
 
-def slot_of(config: ModelConfig, group: str, slot: str) -> LayerSpec:
-    """The layers whose weights are at `group/slot`."""
-    return getattr(config, "pattern" if group == "layers" else group)[int(slot)]
-
-
-def is_unrolled(step: Step, platform: str) -> bool:
-    """Whether layers run one after another instead of in a scan; the compiler then finds what is computed twice."""
-    unroll = step.config.kernels.unroll
-    return step.model.config.layers <= (unroll if unroll is not None else 8 if platform == "cpu" else 0)
-
-
 def _twice(step: Step) -> bool:
     """Whether logits are computed again in the backward pass: `lm` takes its gradient in the forward one."""
     return step.config.dpo is not None or step.config.distill is not None
@@ -171,7 +140,7 @@ def _twice(step: Step) -> bool:
 
 def _again(config: ModelConfig, path: str, unrolled: bool) -> float:
     """1 where rematerialisation computes the product again, else 0; names are those of `spec.REMAT_NAMES`."""
-    kept = _kept(config)
+    kept = kept_names(config)
     if kept is None or not path.startswith(("prefix/", "layers/", "suffix/")):
         return 0.0
     group, slot, *keys = path.split("/")
@@ -197,15 +166,9 @@ def _attention_again(attn: AttnSpec, name: str, kept: set[str], unrolled: bool) 
     return name not in kept or (attn.qk_norm is not None and name in ("q", "k"))
 
 
-def _kept(config: ModelConfig) -> set[str] | None:
-    """The names of values that layers keep for the backward pass, or None where they keep all."""
-    policy = remat_policy_names(config.remat)
-    return None if policy is None else {name for names in policy for name in names}
-
-
 def _rotations(step: Step) -> Iterator[tuple[float, bool, float]]:
     """RoPE on TPU swaps halves of heads by a product with a permutation (`model/rope.py`)."""
-    config, kept = step.model.config, _kept(step.model.config)
+    config, kept = step.model.config, kept_names(step.model.config)
     for spec in config.layer_specs:
         if (attn := spec.attn).rope is None:
             continue
@@ -213,102 +176,6 @@ def _rotations(step: Step) -> Iterator[tuple[float, bool, float]]:
         for heads, axis, name in ((attn.heads, "heads", "q"), (attn.kv_heads or attn.heads, "kv_heads", "k")):
             heads = 1 if attn.latent and name == "k" else heads / ways(step.sharding, (axis,))
             yield heads * size, False, float(kept is not None and name not in kept)
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """FLOPs of attention in all layers of one kind, and how often the forward pass is computed again."""
-
-    forward: float
-    backward: float
-    again: float
-
-
-def attentions(step: Step, platform: str) -> Iterator[Attention]:
-    """The attention of each layer."""
-    config, sharding, length = step.model.config, step.sharding, step.stage.seq_len
-    kept, unrolled, parts = _kept(config), is_unrolled(step, platform), sharding.mesh.shape["context"]
-    for attn in (spec.attn for spec in config.layer_specs):
-        kind, qk, v = kernel_of(step, attn, platform), config.qk_dim(attn), config.v_dim(attn)
-        heads = tokens_of(step) * parts / length * attn.heads / ways(sharding, ("heads",))  # of all rows of a device
-        pairs = 2 * heads * pairs_of(kind, length, attn.window, parts)
-        backward = {"reference": 2 * qk + 2 * v, "splash": 4 * qk + 3 * v}.get(kind, 3 * qk + 2 * v)
-        if kind == "blockwise" and kept is None and unrolled:
-            backward -= qk  # the logits of both passes are one
-        yield Attention(pairs * (qk + v), pairs * backward, _forward_again(kind, kept, unrolled, qk, v))
-
-
-def _forward_again(kind: str, kept: set[str] | None, unrolled: bool, qk: int, v: int) -> float:
-    """How much of the forward pass is computed again, beside what the backward pass does by itself."""
-    if kept is None or (unrolled and {"q", "k", "v"} <= kept):
-        return 0.0
-    if "attention" in kept:
-        return qk / (qk + v) if kind == "reference" else 0.0  # its probabilities are not kept
-    return v / (qk + v) if kind in ("blockwise", "ring") else 1.0  # their backward pass computes the logits anyway
-
-
-def kernel_of(step: Step, attn: AttnSpec, platform: str) -> str:
-    """The kernel that computes attention, as `kernels/attention.py` chooses it. Raises SettingsError as that does."""
-    kernels, parts = step.config.kernels, step.sharding.mesh.shape["context"]
-    kind, length = kernels.attention, step.stage.seq_len
-    if BACKEND.get(kind, platform) != platform:
-        raise SettingsError(
-            f"kernels.attention={kind} is for {BACKEND[kind].upper()}, and this plan is for {platform.upper()}; "
-            "set kernels.attention=auto"
-        )
-    if parts > 1 and kernels.context == "ring":
-        return "ring"
-    if kind != "auto":
-        return kind
-    if platform == "gpu" and parts == 1:
-        return "cudnn"
-    whole = length >= LANES if parts == 1 else length % (2 * parts * LANES) == 0
-    return "splash" if platform == "tpu" and not attn.alibi and whole else "blockwise"
-
-
-def pairs_of(kind: str, length: int, window: int | None, parts: int = 1) -> float:
-    """Pairs of query and key that a kernel multiplies for a head of a row, on each of `parts` devices that share it."""
-    if kind == "splash":
-        run = -(-length // LANES) * LANES if parts == 1 else length // (2 * parts)
-        size = next(n for n in range(min(BLOCK, run), 0, -LANES) if run % n == 0)
-        n, reach = -(-length // size), length if window is None else window
-        # Block (i, j) is read where its nearest pair, (i - j) * size - (size - 1) apart, is within the window.
-        return size**2 * sum(1 for i in range(n) for j in range(i + 1) if (i - j) * size - size + 1 < reach) / parts
-    if kind == "ring":
-        own, half = length // parts, length % (2 * parts) == 0
-        return _chunked(own, window) + (parts - 1) * own**2 / (2 if half else 1)
-    if kind == "blockwise" and parts == 1:
-        return _chunked(length, window)
-    if kind == "cudnn":
-        w = min(window or length, length)
-        return w * (length - w / 2)
-    return length**2 / parts
-
-
-def _chunked(length: int, window: int | None) -> float:
-    """`kernels/blockwise.py`: 128 queries at a time, or a sixteenth of them, against the keys that they can see."""
-    size, pairs = max(128, -(-length // 16)), 0
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        pairs += (end - start) * (end - (0 if window is None else max(0, start - window + 1)))
-    return pairs
-
-
-def kernel_flops(step: Step, name: str) -> float | None:
-    """FLOPs of one run of a Pallas kernel of attention, in the mean over the layers; None for another kernel.
-
-    The kernels of splash attention declare none.
-    """
-    if "splash" not in name:
-        return None
-    config, length, parts = step.model.config, step.stage.seq_len, step.sharding.mesh.shape["context"]
-    rows, found = tokens_of(step) * parts / step.config.train.accumulate / length, []
-    for attn in (spec.attn for spec in config.layer_specs):
-        qk, v = config.qk_dim(attn), config.v_dim(attn)
-        products = 2 * qk + 2 * v if "_dkv" in name else 2 * qk + v if "_dq" in name else qk + v
-        heads = attn.heads / ways(step.sharding, ("heads",))
-        found.append(2 * rows * heads * products * pairs_of("splash", length, attn.window, parts))
-    return sum(found) / len(found)
 
 
 def _muon(step: Step) -> float:

@@ -5,12 +5,13 @@ import functools
 import plans
 import pytest
 
+from jaxllm.plan.attention import pairs_of
 from jaxllm.plan.bounds import kernels_flops
 from jaxllm.plan.compiled import needed
 from jaxllm.plan.estimate import held_by
 from jaxllm.plan.plan import compile_step
 from jaxllm.plan.traffic import flows_of
-from jaxllm.plan.work import pairs_of, work_of
+from jaxllm.plan.work import work_of
 
 FSDP, DATA, TENSOR = (
     ("parallel.fsdp=8",),

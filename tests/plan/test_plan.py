@@ -11,7 +11,8 @@ from jaxllm.chips import CHIPS
 from jaxllm.errors import MissingExtra, ResourceError, SettingsError
 from jaxllm.plan import plan as plan_module
 from jaxllm.plan.bounds import ASSUMED
-from jaxllm.plan.plan import check_fits, divided, plan, smallest_slice
+from jaxllm.plan.fits import check_fits, smallest_slice
+from jaxllm.plan.plan import divided, plan
 from jaxllm.plan.prices import Prices, read_prices
 from jaxllm.plan.show import chart, show
 from jaxllm.plan.target import parse_target

@@ -84,6 +84,9 @@ def test_what_the_compiler_finds_too_large(tmp_path):
     words = ["train.batch=48", "model.remat=none"]
     found, err = planned(tmp_path, "v5e:2x2", *words, code=2)
     memory = found["memory"]
+    assert memory["source"] == "the compiler's refusal" and memory["total"] == pytest.approx(
+        memory["estimate"]["total"], rel=0.15
+    )
     assert not memory["fits"] and memory["total"] > memory["capacity"] and "error: v5e:2x2: a device needs" in err
 
 

@@ -1,0 +1,40 @@
+"""What formulas share: what a device has of tokens and weights, and what its program does with layers."""
+
+from jaxllm.model.layer import LayerSpec
+from jaxllm.model.spec import ModelConfig, remat_policy_names
+from jaxllm.plan.step import Step
+from jaxllm.sharding import Sharding, names_of
+
+
+def tokens_of(step: Step) -> float:
+    """Tokens of a device in a step, over all microbatches."""
+    sharding = step.sharding
+    return step.stage.batch * step.stage.seq_len / sharding.ways(sharding.by_row)
+
+
+def microbatch_tokens(step: Step) -> float:
+    """Tokens of a device in a microbatch."""
+    return tokens_of(step) / step.config.train.accumulate
+
+
+def ways(sharding: Sharding, axes) -> int:
+    """Into how many parts devices split a product beside its tokens: those that split rows gather its matrix."""
+    split = sharding.activation(axes, [1 << 30] * len(axes))
+    return sharding.ways([axis for axis in names_of(split) if axis not in sharding.by_row])
+
+
+def slot_of(config: ModelConfig, group: str, slot: str) -> LayerSpec:
+    """The layers whose weights are at `group/slot`."""
+    return getattr(config, "pattern" if group == "layers" else group)[int(slot)]
+
+
+def is_unrolled(step: Step, platform: str) -> bool:
+    """Whether layers run one after another instead of in a scan; the compiler then finds what is computed twice."""
+    unroll = step.config.kernels.unroll
+    return step.model.config.layers <= (unroll if unroll is not None else 8 if platform == "cpu" else 0)
+
+
+def kept_names(config: ModelConfig) -> set[str] | None:
+    """The names of values that layers keep for the backward pass, or None where they keep all."""
+    policy = remat_policy_names(config.remat)
+    return None if policy is None else {name for names in policy for name in names}
