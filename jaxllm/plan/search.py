@@ -231,6 +231,8 @@ def show(found: dict[str, Any], most: int = 10) -> str:
             f"{row['seconds']:>10.3f} {row['tokens_per_second_per_chip']:>14,.0f} {row['mfu']:>6.1%} "
             f"{size(row['memory']):>10}  {source}  {' '.join(row['overrides'])}"
         )
+    if len({bool(row["compiled"]) for row in found["ranked"][:most]}) > 1:
+        lines.append("formulas do not see what waits or is copied: compare compiled plans with each other")
     if len(found["ranked"]) > most:
         lines.append(f"and {len(found['ranked']) - most:,} more (--json has all)")
     if refused := found["refused"]:
