@@ -13,7 +13,7 @@ import small
 from jaxllm import api, checkpoint, tree
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import parse
-from jaxllm.errors import CheckpointError, SettingsError, UserError
+from jaxllm.errors import CheckpointError, UserError
 from jaxllm.model.build import build
 from jaxllm.sharding import ParallelConfig, make_sharding
 from jaxllm.train import loop
@@ -424,14 +424,3 @@ def test_a_run_goes_on_from_a_checkpoint_folder_of_its_own_on_a_new_disk(finishe
         assert loaded.step == 8 and small.bits(tree.flatten(loaded.params)) == small.bits(tree.flatten(result.params))
     third = train(corpus, tmp_path / "third", checkpoint=where)
     assert third.status == "finished" and json.loads((tmp_path / "third/summary.json").read_text())["steps"] == 8
-
-
-def test_processes_that_would_share_rows_are_refused(corpus, tmp_path, monkeypatch):
-    """Each reads rows of its own, so a mesh that gives two of them the same rows would mix them up in silence."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(SettingsError, match="2 processes read rows of their own, but the mesh splits rows 1 ways"):
-        loop.check_batch(
-            load_run(small.settings(corpus, tmp_path))[0].train.resolved_stages[0],
-            accumulate=1,
-            sharding=make_sharding(ParallelConfig(fsdp=1, context=8)),
-        )
