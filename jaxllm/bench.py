@@ -18,11 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxllm import launch
 from jaxllm.errors import ResourceError, SettingsError, nearest
 from jaxllm.model.spec import AttnSpec, LayerSpec, MlpSpec, ModelConfig, MoeSpec
+
+if TYPE_CHECKING:
+    from jaxllm.adapt.changes import Changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +131,16 @@ def matmul_gflops(size: int = 2048, repeats: int = 8) -> float:
     return 2 * size**3 / best / 1e9
 
 
-def measure(workload: Workload, steps: int) -> dict[str, Any]:
-    """The row of `bench_train` for one workload, all but the share of the peak, measured in this process."""
+def measure(workload: Workload, steps: int, changes: "Changes" = ()) -> dict[str, Any]:
+    """The row of `bench_train` for one workload, all but the share of the peak, measured in this process.
+
+    changes: to its model, such as adapters, which alone are trained then; FLOPs are those without.
+    """
     import jax
     import psutil
 
+    from jaxllm.adapt.changes import after
+    from jaxllm.adapt.lora import TRAINABLE
     from jaxllm.model.build import active_parameters, build
     from jaxllm.objectives.lm import lm
     from jaxllm.optim.config import OptimConfig
@@ -142,13 +150,14 @@ def measure(workload: Workload, steps: int) -> dict[str, Any]:
     from jaxllm.train.step import make_state, make_train_step
 
     config = workload.model
-    model = build(config, make_sharding(devices=jax.devices()[:1]))
+    model = after(build(config, make_sharding(devices=jax.devices()[:1])), changes)
+    trainable = TRAINABLE if changes else "**"
     tx = make_optimizer(OptimConfig(), steps + WARMUP, model.axes)
-    state = make_state(model, tx, jax.random.key(0))
+    state = make_state(model, tx, jax.random.key(0), trainable=trainable)
     batches = (model.sharding.batch(batch) for batch in random_rows(workload))
 
     start = time.perf_counter()
-    step = make_train_step(model, lm, tx).lower(state, next(batches)).compile()
+    step = make_train_step(model, lm, tx, trainable=trainable).lower(state, next(batches)).compile()
     compile_seconds, seconds = time.perf_counter() - start, []
     for index in range(steps + WARMUP):
         batch = jax.block_until_ready(next(batches))

@@ -1,6 +1,7 @@
-"""Times nanodo's own model under its recipe (optax AdamW, one jitted donated step); called by bench_peers.py.
+"""Times nanodo's own model under its recipe (optax AdamW, one jitted donated step); called by `jaxllm bench peers`.
 
-Usage: python peer_nanodo.py CHECKOUT '{"vocab": ..., "embed": ..., ...}' STEPS; prints seconds of each step as JSON.
+Usage: python peer_nanodo.py CHECKOUT '{"vocab": ..., "embed": ..., ...}' STEPS; prints one line of JSON:
+seconds of each step, and flags.
 """
 
 import json
@@ -49,4 +50,4 @@ for _ in range(steps):
     start = time.perf_counter()
     params, opt, loss = jax.block_until_ready(step(params, opt))
     seconds.append(time.perf_counter() - start)
-print(json.dumps(seconds))
+print(json.dumps({"seconds": seconds, "flags": f"jax {jax.__version__}"}))

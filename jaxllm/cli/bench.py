@@ -16,6 +16,17 @@ def add_bench(verbs):
     fast_option(verb)
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
 
+    verb = new_verb(verbs, "peers", "training on CPU beside other codebases", bench_peers, "bench peers")
+    verb.set_defaults(launch=logging.INFO)
+    verb.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="W1, W2, W3, LoRA (default: all)")
+    verb.add_argument("--torch", metavar="PYTHON", help="of an environment with torch, transformers and peft")
+    verb.add_argument("--maxtext", metavar="PYTHON", help="of an environment with MaxText")
+    verb.add_argument("--nanodo", metavar="FOLDER", help="a checkout of nanodo, to run in this environment")
+    verb.add_argument("--rounds", type=int, default=3, help="each measures every contender once (default 3)")
+    verb.add_argument("--steps", type=int, default=6, help="timed steps of each process (default 6)")
+    fast_option(verb)
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
     help = "training steps compiled for absent TPU slices: memory, bytes sent, cycles, compile time"
     verb = new_verb(verbs, "programs", help, bench_programs, "bench programs")
     verb.add_argument("names", nargs="*", metavar="PROGRAM", help="default: all, which takes some ten minutes")
@@ -50,6 +61,13 @@ def bench_adapt(args) -> None:
     from jaxllm.bench_adapt import bench_adapt
 
     bench_adapt(steps=args.steps, json=args.json)
+
+
+def bench_peers(args) -> None:
+    from jaxllm.bench_peers import NAMES, Peers, bench_peers
+
+    peers = Peers(args.torch, args.maxtext, args.nanodo)
+    bench_peers(args.workloads or NAMES, peers=peers, rounds=args.rounds, steps=args.steps, json=args.json)
 
 
 def bench_programs(args) -> None:
