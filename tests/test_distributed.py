@@ -91,6 +91,17 @@ def test_two_processes_train_as_one_stop_together_and_go_on(run_file, tmp_path):
     assert (tmp_path / "run0/card.md").exists() and not (tmp_path / "run1").exists()
 
 
+@pytest.mark.slow
+def test_a_row_may_be_split_across_processes(run_file, tmp_path):
+    """Each reads all rows, since its device holds a part of each; what they see of each other's keys travels."""
+    split = ["parallel.context=2", "parallel.fsdp=1", "train.steps=3"]
+    together(launch([run_file, *split, f"out={tmp_path / 'one'}"], 0, devices=2))
+    two = [*split, "parallel.processes=2", f"out={tmp_path}/run{{rank}}", f"checkpoint.folder={tmp_path / 'shared'}"]
+    pair([run_file, *two])
+    ends = [{n: float.fromhex(x) for n, x in small.losses(tmp_path / out).items()} for out in ("one", "run0")]
+    assert len(ends[0]) == 3 and ends[1] == pytest.approx(ends[0], rel=1e-6)
+
+
 def test_a_wrong_number_of_processes_is_refused(run_file, tmp_path):
     environ = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}
     process = launch([run_file, "parallel.processes=2"], 0, devices=1, **environ)

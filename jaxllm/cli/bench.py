@@ -16,6 +16,12 @@ def add_bench(verbs):
     fast_option(verb)
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
 
+    verb = new_verb(
+        verbs, "start", "seconds to the help, and to the first step of the demo when warm", bench_start, "bench start"
+    )
+    verb.add_argument("--rounds", type=int, default=5, help="each is a median of so many (default 5)")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
     verb = new_verb(verbs, "peers", "training on CPU beside other codebases", bench_peers, "bench peers")
     verb.set_defaults(launch=logging.INFO)
     verb.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="W1, W2, W3, LoRA (default: all)")
@@ -61,6 +67,12 @@ def bench_adapt(args) -> None:
     from jaxllm.bench_adapt import bench_adapt
 
     bench_adapt(steps=args.steps, json=args.json)
+
+
+def bench_start(args) -> None:
+    from jaxllm.bench_start import bench_start
+
+    bench_start(rounds=args.rounds, json=args.json)
 
 
 def bench_peers(args) -> None:

@@ -24,6 +24,8 @@ EXAMPLES = {
     "bench train": "jaxllm bench train --workloads W1 W2",
     "bench adapt": "jaxllm bench adapt --steps 20",
     "bench generate": "jaxllm bench generate models/gemma-3-270m --batches 1 8",
+    "bench peers": "jaxllm bench peers W1 --torch peers/torch/bin/python --maxtext peers/maxtext/bin/python",
+    "bench start": "jaxllm bench start",
     "bench programs": "jaxllm bench programs llama3.1-8b-v5p",
     "bench load": "jaxllm bench load models/gemma-3-270m",
     "info": "jaxllm info models/gemma-3-270m",
