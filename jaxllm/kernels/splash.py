@@ -43,14 +43,15 @@ def splash(
         (heads.sinks_N, sinks),
     ]
     given = [(x, spec) for x, spec in arguments if x is not None]
-    part = jax.lax.axis_index("context") if parts > 1 else 0
+    # An argument, since the map within sees another mesh, under which no array of this one may be closed over.
+    part = jax.lax.axis_index("context") if parts > 1 else jnp.int32(0)
 
-    def local(*xs):
+    def local(part, *xs):
         xs = iter(xs)
         return _on_a_device(form, sharding, parts, part, *(None if x is None else next(xs) for x, _ in arguments))
 
-    run = sharding.map(local, tuple(spec for _, spec in given), by_heads)
-    return run(*(x for x, _ in given)).swapaxes(1, 2)
+    run = sharding.map(local, (PartitionSpec(), *(spec for _, spec in given)), by_heads)
+    return run(part, *(x for x, _ in given)).swapaxes(1, 2)
 
 
 def _segments(where: Where):

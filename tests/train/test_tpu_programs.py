@@ -24,6 +24,7 @@ FORMS = {
     "keys gathered": ({"window": 700}, {}, {"context": 2, "fsdp": 2}, {}),
     "keys in a ring": ({}, {}, {"context": 2, "fsdp": 2}, {"context": "ring"}),
     "tensor": ({}, {"mlp": {"ffw": 512}}, {"tensor": 2, "fsdp": 2}, {}),
+    "tensor, context": ({}, {"mlp": {"ffw": 512}}, {"tensor": 2, "context": 2}, {}),
     "tensor, experts": ({}, {"moe": {"experts": 4, "ffw": 256}}, {"tensor": 2, "expert": 2}, {}),
 }
 #: What a program of each form has beside gathers and sums: collectives, kernels.
@@ -33,6 +34,7 @@ HAS = {
     "keys gathered": (set(), {"splash"}),
     "keys in a ring": ({"collective-permute"}, set()),
     "tensor": (set(), {"splash"}),
+    "tensor, context": (set(), {"splash"}),
     "tensor, experts": ({"ragged-all-to-all"}, {"splash"}),
 }
 
