@@ -218,16 +218,30 @@ def speed_of(step: Step, work: Work, seconds: float, target: Target) -> dict[str
 
 
 def _training(step: Step, found, target: Target, tokens: float | None, prices) -> dict[str, Any]:
-    per_step = found["run"]["tokens"]
+    """The whole run. Stages are summed: their tokens exactly, their time as if a token took as long in all of them."""
+    per_step, stages = found["run"]["tokens"], step.config.train.resolved_stages
+    planned = sum(stage.steps * stage.batch * stage.seq_len for stage in stages)
     steps = -(-tokens // per_step) if tokens else step.config.train.total_steps
-    out = {"tokens": tokens or steps * per_step, "steps": int(steps), "days": None, "chip_hours": None, "money": None}
+    total = tokens or planned
+    out = {"tokens": total, "steps": int(steps), "how": _how(step, tokens)}
+    out |= {"days": None, "chip_hours": None, "money": None}
     if found["step"] is None:
         return out
-    seconds = steps * found["step"]["seconds"]
+    seconds = (steps if tokens else planned / per_step) * found["step"]["seconds"]
     out |= {"days": seconds / 86400, "chip_hours": seconds / 3600 * target.chips}
     if prices is not None:
         out["money"] = _money(out["chip_hours"], target, *prices)
     return out
+
+
+def _how(step: Step, tokens: float | None) -> str | None:
+    """What was assumed of the other stages of a run; None where there are none."""
+    stages = step.config.train.resolved_stages
+    if len({(stage.batch, stage.seq_len) for stage in stages}) == 1:
+        return None
+    if tokens:
+        return f"all steps as in stage {step.stage.name}"
+    return f"tokens summed over {len(stages)} stages, each as fast a token as stage {step.stage.name}"
 
 
 def _money(chip_hours: float, target: Target, prices: Prices, file: str) -> dict[str, Any]:

@@ -120,6 +120,8 @@ def _training(found) -> str:
     if training["days"] is not None:
         lines[0] += f": {training['days']:,.2f} days, {training['chip_hours']:,.0f} chip-hours"
         lines[0] += _money(training["money"])
+    if training["how"]:
+        lines.append(f"  ({training['how']})")
     lines += ["rules of thumb, and the exact figures:"]
     six, active = rules["6ND"], rules["6ND_active"]
     lines.append(f"  {'C = 6ND':<26}{six['rule']:>12.4g} FLOPs a step   {six['exact']:>12.4g}")

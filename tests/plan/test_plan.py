@@ -76,7 +76,16 @@ SCHEMA = holds(
         "step": {"type": ["object", "null"]},
         "speed": {"type": ["object", "null"]},
         "assumptions": {"type": "array"},
-        "training": holds({"tokens": NUMBER, "steps": NUMBER, "days": MAYBE, "chip_hours": MAYBE, "money": {}}),
+        "training": holds(
+            {
+                "tokens": NUMBER,
+                "steps": NUMBER,
+                "how": {"type": ["string", "null"]},
+                "days": MAYBE,
+                "chip_hours": MAYBE,
+                "money": {},
+            }
+        ),
         "formulas": holds(
             {"6ND": holds(RULE), "6ND_active": holds(RULE), "chinchilla": holds(RULE)}
             | {"memory": holds(RULE | {"bytes": NUMBER})}
@@ -109,6 +118,20 @@ def test_a_plan_by_formulas_adds_up():
     rules = found["formulas"]
     assert rules["6ND"]["rule"] == 6 * 8_030_261_248 * found["run"]["tokens"]
     assert rules["chinchilla"]["rule"] == 20 * 8_030_261_248
+
+
+@pytest.mark.fast
+def test_stages_are_summed():
+    """10,000 steps of 64 x 512 and 100 of 512 x 512: the larger step is planned, and few steps are that large."""
+    stages = [{"name": "short", "steps": 10_000, "batch": 64}, {"name": "wide", "steps": 100, "batch": 512}]
+    config, target = plans.run("llama", train={"seq_len": 512, "batch": 64, "stages": stages}), parse_target("h100:8")
+    found = plan(config, target)
+    training, tokens = found["training"], 10_000 * 64 * 512 + 100 * 512 * 512
+    assert (training["tokens"], training["steps"]) == (tokens, 10_100) and found["run"]["tokens"] == 512 * 512
+    assert training["days"] * 86400 == pytest.approx(tokens / found["speed"]["tokens_per_second"])
+    assert "tokens summed over 2 stages, each as fast a token as stage wide" in show(found)
+    assert plan(config, target, tokens=1e9)["training"]["how"] == "all steps as in stage wide"
+    assert planned("llama", "h100:8")["training"]["how"] is None
 
 
 @pytest.mark.fast
