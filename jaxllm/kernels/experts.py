@@ -49,7 +49,8 @@ def owners(sizes_E: jax.Array, rows: int, block: int = 1) -> jax.Array:
 def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, block: int) -> jax.Array:
     """`y_MF`: rows of expert e times `w_EDF[e]`; `sizes_E` counts each expert's rows, padding included.
 
-    Rows past the sum of `sizes_E` give garbage; nobody reads them.
+    Rows past the sum of `sizes_E` give what nobody reads, but nothing that is not finite, and their gradient is 0: the
+    gradients of biases and adapters are sums over all rows.
     """
     if block == 1:
         if platform() == "tpu" and alone():
@@ -112,8 +113,37 @@ _by_blocks.defvjp(_save, _backward)
 
 
 def _on_tpu(x_MD, w_EDF, sizes_E):
-    """The Pallas kernel that comes with JAX (MegaBlocks, arXiv 2211.15841): tiles past the last group are skipped."""
-    from jax.experimental.pallas.ops.tpu.megablox import ops
-
     side = min(1024, max(128, *w_EDF.shape[1:]))
-    return ops.gmm(x_MD, w_EDF, sizes_E, x_MD.dtype, (TILE, side, side))
+    return _by_tiles(x_MD, w_EDF, sizes_E, (TILE, side, side))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_tiles(x_MD, w_EDF, sizes_E, tiles: tuple[int, int, int]):
+    """The Pallas kernels that come with JAX (MegaBlocks, arXiv 2211.15841).
+
+    They skip what lies past the last group and leave it unwritten, which may be NaN; here it becomes 0.
+    """
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    y_MF = gmm(x_MD, w_EDF, sizes_E, x_MD.dtype, tiles, interpret=platform() == "cpu")
+    return _of_groups(y_MF, sizes_E)
+
+
+def _of_groups(y_MF, sizes_E):
+    return jnp.where(jnp.arange(y_MF.shape[0])[:, None] < jnp.sum(sizes_E), y_MF, 0)
+
+
+def _save_tiles(x_MD, w_EDF, sizes_E, tiles):
+    return _by_tiles(x_MD, w_EDF, sizes_E, tiles), (x_MD, w_EDF, sizes_E)
+
+
+def _backward_tiles(tiles, saved, dy_MF):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+    (x_MD, w_EDF, sizes_E), interpret = saved, platform() == "cpu"
+    dx_MD = gmm(dy_MF, w_EDF, sizes_E, x_MD.dtype, tiles, transpose_rhs=True, interpret=interpret)
+    dw_EDF = tgmm(x_MD.swapaxes(0, 1), dy_MF, sizes_E, w_EDF.dtype, tiles, interpret=interpret)
+    return _of_groups(dx_MD, sizes_E), dw_EDF, None
+
+
+_by_tiles.defvjp(_save_tiles, _backward_tiles)

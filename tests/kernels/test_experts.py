@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxllm.kernels.experts import block_size, grouped_matmul, rows_needed
+from jaxllm.kernels.experts import _on_tpu, block_size, grouped_matmul, owners, rows_needed
 
 COUNTS = {
     "even": [8, 8, 8, 8],
@@ -63,3 +63,24 @@ def test_bfloat16_rows_stay_bfloat16():
     for block in (1, 8):
         y = grouped_matmul(x, w, jnp.array([8, 8]), block=block)
         assert y.dtype == jnp.bfloat16 and tiny.relative(y, np.full((16, 3), 4)) == 0
+
+
+def test_rows_past_the_last_group_are_nothing_to_the_tpu_kernel():
+    """Interpreted; what the kernel leaves unwritten is NaN there. A bias and its gradient see all rows."""
+    rng = np.random.default_rng(0)
+    x, w, v, b, dy = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((1536, 128), (3, 128, 256), (3, 256, 128), (3, 256), (1536, 128))
+    )
+    sizes = jnp.array([300, 0, 250])
+    dy = dy.at[550:].set(0)  # nobody reads those rows
+
+    def two(product):
+        def run(x, w, v, b):
+            return product(product(x, w, sizes) + b[owners(sizes, len(x))], v, sizes)
+
+        y, pull = jax.vjp(run, x, w, v, b)
+        return y, *pull(dy)
+
+    for found, expected in zip(two(_on_tpu), two(jax.lax.ragged_dot), strict=True):
+        assert tiny.relative(found, expected) < 1e-5
