@@ -75,6 +75,26 @@ def test_a_form_compiles_with_its_kernels(form, devices):
     assert kernels == {name.split("_")[0] for name in (one.name for one in program.kernels)} & {"splash", "gmm", "tgmm"}
 
 
+def test_experts_in_float32_fit_the_kernel():
+    """Tiles of 1024 x 1024 in 4 bytes do not fit the VMEM that a kernel has on v5p."""
+    from jax.sharding import SingleDeviceSharding
+
+    from jaxllm.kernels.backend import tracing_for
+    from jaxllm.kernels.experts import grouped_matmul
+    from jaxllm.plan.topology import parse_topology, topology_devices
+
+    place = SingleDeviceSharding(topology_devices(parse_topology("v5p:2x2x1"), 1)[0])
+    shapes = (((2048, 2048), "float32"), ((4, 2048, 2048), "float32"), ((4,), "int32"))
+    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
+
+    def loss(x, w, sizes):
+        return grouped_matmul(x, w, sizes, block=1).sum()
+
+    with tracing_for("tpu", 1):
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile().as_text()
+    assert "tgmm" in text
+
+
 @pytest.mark.parametrize("name", ["llama2-7b-v5p", "llama3.1-8b-v5p"])
 def test_a_program_has_not_grown(name):
     """Memory and bytes sent within 3 % of what was recorded: JAXLLM_SIZES=write records them anew."""
