@@ -65,7 +65,7 @@ read_topology() {
 
 # The command that every host runs: the same each time, so that it goes on from the newest checkpoint. Processes are
 # found by what the cluster says; exit code 75 says "stopped by a signal and saved" (0: finished, 2: a mistake in the
-# settings). Needs TASK, CHECKPOINTS and ARGS; prints one word a line.
+# settings or the data, 1 and others: a crash, or what may pass, such as a read from the bucket that failed). Needs TASK, CHECKPOINTS and ARGS; prints one word a line.
 training_command() { # RUN-FILE-ON-THE-HOST
   printf '%s\n' "$TASK" "$1" ${ARGS[@]+"${ARGS[@]:1}"} \
     parallel.processes=null checkpoint.folder="$CHECKPOINTS" checkpoint.preempted_exit_code=75

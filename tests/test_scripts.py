@@ -1,6 +1,7 @@
 """What scripts/ does on clusters, without one: dry runs, manifests against a schema, and stand-ins for the clouds."""
 
 import copy
+import errno
 import gzip
 import json
 import os
@@ -19,6 +20,9 @@ import yaml
 from clouds import ADDED, CLOUD, PYTHON, RECORDER, calls, dry, executable, pods, script, slurm, together
 
 from jaxllm import cli
+from jaxllm.checkpoint.lock import Lock
+from jaxllm.errors import DataError, ResourceError
+from jaxllm.train import runs
 from jaxllm.train.load import load_run
 
 ROOT = Path(__file__).parents[1]
@@ -109,8 +113,8 @@ def test_a_preempted_crashed_and_stopped_tpu_run_ends_well(here):
     found = script("tpu_vm.sh", "watch", "run.yaml", "note=it's $HOME", **CLOUD | more)
     assert found.returncode == 0 and found.stdout.endswith("finished\n"), found.stdout + found.stderr
     assert "(1 of 10)" in found.stdout and "(2 of 10)" not in found.stdout, "one of the ends was a crash"
-    runs = (here / "commands").read_text().splitlines()
-    assert runs == [" ".join(["train", "run.yaml", "note=it's $HOME", *ADDED])] * 4
+    commands = (here / "commands").read_text().splitlines()
+    assert commands == [" ".join(["train", "run.yaml", "note=it's $HOME", *ADDED])] * 4
     made = [words[4] for words in calls() if words[3:5] in (["queued-resources", w] for w in ("create", "delete"))]
     assert made == ["create", "delete", "create"]
 
@@ -127,6 +131,44 @@ def test_a_tpu_run_that_cannot_go_on_is_given_up(here, tool, code, says):
     executable(here / tool, f'#!/bin/sh\n[ "$1" = --version ] || exit {code}\n')
     found = script("tpu_vm.sh", "watch", "run.yaml", "--retries=2", **CLOUD, FAKE=str(here), POLL="0.1")
     assert found.returncode == 2 and says in found.stderr, found.stdout + found.stderr
+
+
+def _raise(behind: Exception, error: Exception):
+    try:
+        raise behind
+    except OSError:
+        raise error from None
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "behind, error, code",
+    [
+        (OSError("502: bad gateway"), DataError("gs://b/a.jsonl: cannot be read"), 1),
+        (ConnectionResetError(104, "reset by peer"), DataError("gs://b/a.jsonl: cannot be read"), 1),
+        (OSError(errno.ENOSPC, "no space left"), ResourceError("cache: the disk is full"), 1),
+        (FileNotFoundError("b/a.jsonl"), DataError("gs://b/a.jsonl: cannot be read"), 2),
+        (PermissionError(errno.EACCES, "no"), ResourceError("run cannot be written"), 2),
+        (OSError(errno.EROFS, "read-only"), ResourceError("run cannot be written"), 2),
+        (gzip.BadGzipFile("no gzip"), DataError("gs://b/a.jsonl.gz: damaged or cut off"), 2),
+        (OSError("no parquet"), DataError("a.parquet: cannot be read"), 2),
+    ],
+)
+def test_only_what_stays_wrong_ends_with_2(monkeypatch, capsys, behind, error, code):
+    """2 is final to `watch` and the JobSet. What may pass ends with 1, with the same text."""
+    monkeypatch.setattr(runs, "list_runs", lambda folder: _raise(behind, error))
+    assert cli.main(["runs", "list"]) == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_run_folder_in_use_ends_with_1(corpus, here, capsys):
+    (here / "run.yaml").write_text(yaml.safe_dump(small.settings(corpus, here / "run")))
+    (here / "run").mkdir()
+    lock = Lock(here / "run", "wait")
+    lock.take()
+    assert cli.main(["train", "run.yaml", "--quiet"]) == 1
+    assert "is in use by another run" in capsys.readouterr().err
+    lock.release()
 
 
 # GKE

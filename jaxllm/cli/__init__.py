@@ -1,6 +1,8 @@
 """The command line: one verb for each thing a user wants done. Loads jax only once a verb needs it."""
 
 import argparse
+import errno
+import gzip
 import logging
 import os
 import sys
@@ -19,9 +21,13 @@ from jaxllm.errors import UserError
 
 __all__ = ["EXAMPLES", "main", "parse", "parser"]
 
+#: Errors of the system that come again until the user mends something: a wrong name, rights, a damaged file.
+LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError, gzip.BadGzipFile)
+LASTING_CODES = (errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb; returns the exit code: 0, 2 for what the user can mend, 1 for anything unexpected."""
+    """Runs a verb; returns the exit code: 0, 2 for what only the user can mend, 1 for what may pass or is a bug."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -36,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except UserError as error:
-        return _fail(args, error, f"error: {error}", 2)
+        return _fail(args, error, f"error: {error}", 1 if may_pass(error) else 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -56,6 +62,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if rest:
         args.overrides += rest
     return args
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same command may work later: a read from a bucket failed, a lock is held, a disk is full.
+
+    So it is where an error of the system is behind a UserError (`from None` keeps it as the context), other than
+    LASTING. Without a number (those of gcsfs and pyarrow) it counts for remote paths only: locally it is the file.
+    """
+    behind = error.__context__
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__context__
+    if behind is None or isinstance(behind, LASTING):
+        return False
+    return "://" in str(error) if behind.errno is None else behind.errno not in LASTING_CODES
 
 
 def _fail(args, error: Exception, text: str, code: int) -> int:
