@@ -1,14 +1,18 @@
 """What to do where a plan does not fit: what takes the room, and the smallest slice that would do."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxllm import config as settings_of
 from jaxllm.errors import ResourceError, UserError
 from jaxllm.plan.compiled import memory_of
 from jaxllm.plan.estimate import held_by
 from jaxllm.plan.step import describe
 from jaxllm.plan.target import Target
 from jaxllm.plan.topology import Topology, slices_of
+from jaxllm.sharding import MESH_AXES
 from jaxllm.train.config import RunConfig
 from jaxllm.train.memory import size
 
@@ -29,42 +33,81 @@ def advice(config: RunConfig, found: dict[str, Any], target: Target) -> str:
     return f"{text}; the smallest slice that would do, by formulas: {where}{change}"
 
 
-def smallest_slice(config: RunConfig, target: Target) -> tuple[str, str] | None:
-    """`(topology, what else to set)`: the fewest chips of this kind whose memory would do, by formulas."""
+def smallest_slice(
+    config: RunConfig, target: Target, changes: Sequence[Sequence[Callable]] | None = None, fits: Callable | None = None
+) -> tuple[str, str] | None:
+    """`(topology, what else to set)`: the fewest chips of this kind whose memory would do, by formulas.
+
+    `changes`: functions of settings and target that give other settings, in groups of which the first that works
+    counts; default those of training. `fits`: whether settings fit a target; default whether a training step does.
+    """
     if target.topology is None:
         return None
-    for change in (_as_it_is, _remat, _shared, _more_rows):
-        for topology in sorted(_sizes_of(target.topology), key=lambda t: t.chips):
-            there = dataclasses.replace(
-                target, name=topology.name, devices=topology.devices * target.slices, topology=topology
-            )
-            changed, said = change(config, there)
-            if _would_fit(changed, there):
-                return there.name + f" with --slices {target.slices}" * (target.slices > 1), said
+    sizes = sorted(_sizes_of(target.topology), key=lambda t: t.chips)
+    for group in changes or CHANGES:
+        for topology, change in itertools.product(sizes, group):
+            devices = topology.devices * target.slices
+            there = dataclasses.replace(target, name=topology.name, devices=devices, topology=topology)
+            changed = change(config, there)
+            if (fits or _would_fit)(changed, there):
+                said = ", ".join(changed_settings(config, changed))
+                where = there.name + f" with --slices {target.slices}" * (target.slices > 1)
+                return where, f", with {said}" if said else ""
     return None
 
 
-def _as_it_is(config: RunConfig, target: Target) -> tuple[RunConfig, str]:
-    return config, ""
+def changed_settings(before: RunConfig, after: RunConfig) -> list[str]:
+    """What to write behind the settings file to get from the one to the other."""
+    named = [f"parallel.{axis}" for axis in MESH_AXES] + ["model.remat", "train.accumulate", "train.batch"]
+    old, new = settings_of.to_dict(before), settings_of.to_dict(after)
+    pairs = [(name, *(raw[section][key] for raw in (old, new))) for name in named for section, key in [name.split(".")]]
+    return [f"{name}={value}" for name, was, value in pairs if was != value]
 
 
-def _remat(config: RunConfig, target: Target) -> tuple[RunConfig, str]:
-    """What saves memory at the cost of speed."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full")), ", with model.remat=full"
+def _as_it_is(config: RunConfig, target: Target) -> RunConfig:
+    return config
 
 
-def _shared(config: RunConfig, target: Target) -> tuple[RunConfig, str]:
-    """Also every weight split over all devices of a slice."""
+def _wider(config: RunConfig, target: Target) -> RunConfig:
+    """Weights split over what a larger slice has more, the other axes as they are."""
+    data = config.parallel.data if config.parallel.data > 0 else target.slices
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, data=data, fsdp=-1))
+
+
+def _at_once(config: RunConfig, target: Target) -> RunConfig:
+    """Also all rows at once: microbatches have too few of them for many devices."""
+    config = _wider(config, target)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=1))
+
+
+def _remat(config: RunConfig, target: Target) -> RunConfig:
+    """What saves memory at the cost of speed, in the first of these that works."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
+
+
+def _wider_remat(config: RunConfig, target: Target) -> RunConfig:
+    return _remat(_wider(config, target), target)
+
+
+def _at_once_remat(config: RunConfig, target: Target) -> RunConfig:
+    return _remat(_at_once(config, target), target)
+
+
+def _shared(config: RunConfig, target: Target) -> RunConfig:
+    """Also every weight split over all devices of a slice, and nothing else."""
     parallel = dataclasses.replace(config.parallel, data=target.slices, fsdp=-1, expert=1, context=1, tensor=1)
-    mesh = f"parallel.data={target.slices}, parallel.fsdp=-1"
-    return dataclasses.replace(_remat(config, target)[0], parallel=parallel), f", with model.remat=full, {mesh}"
+    return dataclasses.replace(_remat(config, target), parallel=parallel)
 
 
-def _more_rows(config: RunConfig, target: Target) -> tuple[RunConfig, str]:
-    """Also a row for each device, where the run has fewer."""
-    config, said = _shared(config, target)
-    train = dataclasses.replace(config.train, batch=target.devices, accumulate=1, stages=(), steps=1)
-    return dataclasses.replace(config, train=train), f"{said}, train.batch={target.devices}"
+def _more_rows(config: RunConfig, target: Target) -> RunConfig:
+    """Also a row for each device, where the run has fewer. Stages that have rows of their own keep them."""
+    rows = -(-config.train.batch // target.devices) * target.devices
+    train = dataclasses.replace(config.train, batch=rows, accumulate=1)
+    return dataclasses.replace(_shared(config, target), train=train)
+
+
+#: What is tried: first what costs nothing, then what costs time, then other meshes, then other rows.
+CHANGES = ((_as_it_is, _wider, _at_once), (_remat, _wider_remat, _at_once_remat), (_shared,), (_more_rows,))
 
 
 def _sizes_of(topology: Topology) -> list[Topology]:

@@ -195,6 +195,31 @@ def test_what_does_not_fit_names_the_smallest_slice_that_would_do():
 
 
 @pytest.mark.fast
+def test_other_axes_are_kept_where_that_will_do_and_all_that_changes_is_printed():
+    words = ["train.batch=8", "train.accumulate=8", "parallel.fsdp=1", "parallel.tensor=8"]
+    config, target = plans.run("llama3.1-70b", *words, devices=8), parse_target("v6e:2x4")
+    where, more = smallest_slice(config, target)
+    assert (where, more) == ("v6e:8x8", ", with parallel.fsdp=-1, train.accumulate=1")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "model, topology, words",
+    [
+        ("llama3.1-70b", "v6e:2x4", ["train.batch=8", "parallel.tensor=2", "train.accumulate=4"]),
+        ("llama3.1-70b", "h100:8", ["train.batch=16", "parallel.tensor=2", "parallel.fsdp=4", "train.accumulate=2"]),
+        ("mixtral-8x7b", "v5e:2x4", ["train.batch=64", "parallel.fsdp=1", "parallel.expert=8", "model.remat=none"]),
+    ],
+)
+def test_the_printed_settings_are_the_plan_that_was_found_to_fit(model, topology, words):
+    config, target = plans.run(model, *words, devices=8), parse_target(topology)
+    where, more = smallest_slice(config, target)
+    there = parse_target(where)
+    found = plan(plans.run(model, *words, *more[7:].split(", "), devices=there.devices), there, compiles=False)
+    assert found["memory"]["fits"] and more.startswith(", with ")
+
+
+@pytest.mark.fast
 def test_more_rows_are_offered_where_a_run_has_too_few_for_enough_devices():
     found = planned("llama3.1-70b", "v6e:2x4", "train.batch=8", compiles=False)
     assert "train.batch=" in found["advice"] and "v6e:" in found["advice"].partition("would do")[2]
