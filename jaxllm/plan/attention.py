@@ -1,10 +1,17 @@
 """FLOPs of attention by its kernel: which one computes it, the pairs it multiplies, and what is computed again."""
 
 import dataclasses
+import types
 from collections.abc import Iterator
 
+import jax
+import numpy as np
+
 from jaxllm.errors import SettingsError
-from jaxllm.kernels.splash import BLOCK, LANES
+from jaxllm.kernels import attention as rules
+from jaxllm.kernels.backend import tracing_for
+from jaxllm.kernels.reference import Form, PerHead, Where
+from jaxllm.kernels.splash import BLOCK, LANES, fits
 from jaxllm.model.layer import AttnSpec
 from jaxllm.plan.parts import is_unrolled, kept_names, tokens_of, ways
 from jaxllm.plan.step import Step
@@ -46,7 +53,10 @@ def _forward_again(kind: str, kept: set[str] | None, unrolled: bool, qk: int, v:
 
 
 def kernel_of(step: Step, attn: AttnSpec, platform: str) -> str:
-    """The kernel that computes attention, as `kernels/attention.py` chooses it. Raises SettingsError as that does."""
+    """The kernel that computes attention, by the rules of `kernels/attention.py`. Raises SettingsError as those do.
+
+    A GPU that is not there is taken as one of compute capability 9.0 or later.
+    """
     kernels, parts = step.config.kernels, step.sharding.mesh.shape["context"]
     kind, length = kernels.attention, step.stage.seq_len
     if BACKEND.get(kind, platform) != platform:
@@ -54,14 +64,44 @@ def kernel_of(step: Step, attn: AttnSpec, platform: str) -> str:
             f"kernels.attention={kind} is for {BACKEND[kind].upper()}, and this plan is for {platform.upper()}; "
             "set kernels.attention=auto"
         )
-    if parts > 1 and kernels.context == "ring":
+    called = _called(step, attn)
+    if parts > 1:
+        return _across(kind, kernels.context == "ring", called[-2], length, parts, platform)
+    with tracing_for(platform):
+        if kind == "auto":
+            return rules._best(*called)[0]
+        rules._check(kind, *called)
+    return kind
+
+
+def _called(step: Step, attn: AttnSpec) -> tuple:
+    """What `kernels.attention.attention` is called with, as shapes, on a device that need not be there."""
+    config, T, B = step.model.config, step.stage.seq_len, step.stage.batch
+    q_BTNH = jax.ShapeDtypeStruct((B, T, attn.heads, config.qk_dim(attn)), config.dtype)
+    v_BKSH = jax.ShapeDtypeStruct((B, attn.kv_heads or attn.heads, T, config.v_dim(attn)), config.dtype)
+    tokens_BT, number_N = jax.ShapeDtypeStruct((B, T), "int32"), jax.ShapeDtypeStruct((attn.heads,), "float32")
+    heads = PerHead(number_N if attn.alibi else None, number_N if attn.sinks else None)
+    absent = types.SimpleNamespace(shape={"context": 1}, devices=np.array([None]))
+    form, where = Form(1.0, attn.window, attn.softcap), Where(*[tokens_BT] * 4)
+    return q_BTNH, v_BKSH, form, where, heads, types.SimpleNamespace(mesh=absent)
+
+
+def _across(kind: str, in_ring: bool, heads: PerHead, length: int, parts: int, platform: str) -> str:
+    """The same where devices hold parts of a row each."""
+    if in_ring:
+        if kind not in ("auto", "blockwise"):
+            raise SettingsError(f"kernels.attention={kind}: ring attention is blockwise; set it to auto")
         return "ring"
-    if kind != "auto":
+    if kind == "cudnn":
+        raise SettingsError(f"kernels.attention=cudnn needs whole rows, and parallel.context={parts} splits them")
+    missing = rules._splash_lacks(heads)
+    if not missing and not fits(length, parts):
+        missing = f"rows of {length} tokens in {2 * parts} pieces"
+    if kind == "splash" and missing:
+        raise SettingsError(f"kernels.attention=splash: {missing}; set it to auto")
+    if kind == "reference":
         return kind
-    if platform == "gpu" and parts == 1:
-        return "cudnn"
-    whole = length >= LANES if parts == 1 else length % (2 * parts * LANES) == 0
-    return "splash" if platform == "tpu" and not attn.alibi and whole else "blockwise"
+    return "splash" if platform == "tpu" and kind != "blockwise" and not missing else "blockwise"
 
 
 def pairs_of(kind: str, length: int, window: int | None, parts: int = 1) -> float:

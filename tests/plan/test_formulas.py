@@ -5,7 +5,8 @@ import functools
 import plans
 import pytest
 
-from jaxllm.plan.attention import pairs_of
+from jaxllm.errors import SettingsError
+from jaxllm.plan.attention import kernel_of, pairs_of
 from jaxllm.plan.bounds import kernels_flops
 from jaxllm.plan.compiled import needed
 from jaxllm.plan.estimate import held_by
@@ -13,6 +14,7 @@ from jaxllm.plan.plan import compile_step
 from jaxllm.plan.traffic import flows_of
 from jaxllm.plan.work import work_of
 
+WIDE = {"vocab": 1024, "embed": 128, "context": 512, "layers": 2}
 FSDP, DATA, TENSOR = (
     ("parallel.fsdp=8",),
     ("parallel.data=2", "parallel.fsdp=4"),
@@ -104,3 +106,44 @@ def test_all_kernels_see_every_pair_that_is_visible():
         assert pairs_of("splash", length, window) <= visible + length * 1024
     assert pairs_of("splash", 4096, None, 4) * 4 == pairs_of("splash", 4096, None)
     assert pairs_of("ring", 4096, None, 4) * 4 < 0.6 * 4096**2 and pairs_of("ring", 4096, None, 1) >= 4096**2 / 2
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "topology, attn, words, kind",
+    [
+        ("h100:8", {}, ["model.dtype=bfloat16"], "cudnn"),
+        ("h100:8", {}, ["model.dtype=float32"], "blockwise"),
+        ("h100:8", {"softcap": 50.0}, ["model.dtype=bfloat16"], "blockwise"),
+        ("h100:8", {"head": 512}, ["model.dtype=bfloat16"], "blockwise"),
+        ("h100:8", {"sinks": True}, ["model.dtype=bfloat16"], "blockwise"),
+        ("h100:8", {}, ["model.dtype=bfloat16", "train.seq_len=64"], "blockwise"),
+        ("v6e:2x4", {"softcap": 50.0}, [], "splash"),
+        ("v6e:2x4", {"alibi": True, "rope": None}, [], "blockwise"),
+        ("v6e:2x4", {}, ["parallel.context=2", "train.seq_len=512"], "splash"),
+        ("v6e:2x4", {}, ["parallel.context=2", "train.seq_len=256"], "blockwise"),
+        ("v6e:2x4", {}, ["parallel.context=2", "kernels.context=ring"], "ring"),
+        ("cpu:8", {}, [], "blockwise"),
+    ],
+)
+def test_the_kernel_is_the_one_that_the_run_takes(topology, attn, words, kind):
+    pattern = [{"attn": plans.ATTN | attn, "mlp": plans.MLP}]
+    step, target = plans.described("llama", topology, *words, model=WIDE | {"pattern": pattern})
+    assert kernel_of(step, step.model.config.pattern[0].attn, target.platform) == kind
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "topology, attn, kernel, says",
+    [
+        ("h100:8", {"softcap": 50.0}, "cudnn", "kernels.attention=cudnn: cuDNN has no soft-cap"),
+        ("h100:8", {}, "cudnn", "cuDNN computes in bfloat16 or float16, and this is float32"),
+        ("v6e:2x4", {"alibi": True, "rope": None}, "splash", "kernels.attention=splash: splash attention has no ALiBi"),
+    ],
+)
+def test_a_kernel_that_lacks_what_the_model_needs_is_refused(topology, attn, kernel, says):
+    pattern = [{"attn": plans.ATTN | attn, "mlp": plans.MLP}]
+    model = WIDE | {"pattern": pattern, "dtype": "bfloat16" if attn else "float32"}
+    step, target = plans.described("llama", topology, f"kernels.attention={kernel}", model=model)
+    with pytest.raises(SettingsError, match=says):
+        work_of(step, target.platform)
