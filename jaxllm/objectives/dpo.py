@@ -41,7 +41,8 @@ def dpo(model: Model, params: Params, batch: TokenBatch, key=None, *, config: Dp
     """
     logprobs_BT = token_logprobs(model, params, batch, key)
     ratio_BT = (logprobs_BT - batch.reference_BT) * (batch.mask_BT > 0)
-    sums = by_pair(config.beta * ratio_BT, batch.segments_BT), by_pair(batch.mask_BT, batch.segments_BT)
+    length = model.sharding.row_length(ratio_BT.shape[1])
+    sums = tuple(by_pair(x_BT, batch.segments_BT, length) for x_BT in (config.beta * ratio_BT, batch.mask_BT))
     # Where devices hold parts of the same rows, a pair is whole on each of them and counts on the first.
     (chosen_BP, rejected_BP), (_, rejected_tokens_BP) = model.sharding.row_total(sums)
     there_BP = (rejected_tokens_BP > 0) & model.sharding.first_part
@@ -61,9 +62,12 @@ def dpo(model: Model, params: Params, batch: TokenBatch, key=None, *, config: Dp
     return total(loss_BP), jnp.sum(there_BP.astype(jnp.float32)), metrics
 
 
-def by_pair(x_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`(chosen_BP, rejected_BP)`: sums over the odd segments and over the even ones."""
+def by_pair(x_BT: jax.Array, segments_BT: jax.Array, length: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """`(chosen_BP, rejected_BP)`: sums over the odd segments and over the even ones.
+
+    length: of whole rows, of which x may be a part; so many segments there can be.
+    """
     B, T = x_BT.shape
-    sums_BS = jnp.zeros((B, T + 2), x_BT.dtype).at[jnp.arange(B)[:, None], segments_BT].add(x_BT)
-    pairs = T // 2
+    pairs = (length or T) // 2
+    sums_BS = jnp.zeros((B, 2 * pairs + 2), x_BT.dtype).at[jnp.arange(B)[:, None], segments_BT].add(x_BT)
     return sums_BS[:, 1 : 2 * pairs : 2], sums_BS[:, 2 : 2 * pairs + 1 : 2]

@@ -11,9 +11,11 @@ import optax
 import pytest
 import tiny
 
+from jaxllm.model.build import build
 from jaxllm.objectives.dpo import DpoConfig, by_pair, dpo
 from jaxllm.objectives.logprobs import token_logprobs
-from jaxllm.train.step import make_state, make_train_step
+from jaxllm.sharding import ParallelConfig, make_sharding
+from jaxllm.train.step import make_eval_step, make_state, make_train_step
 
 SEGMENTS = np.array([[1] * 5 + [2] * 4 + [3] * 2 + [4] * 3 + [0] * 2, [1] * 8 + [2] * 8], np.int32)
 
@@ -88,6 +90,23 @@ def test_segments_that_hold_no_pair_count_for_nothing():
     chosen, rejected = by_pair(jnp.arange(1.0, 33).reshape(2, 16), jnp.asarray(SEGMENTS))
     assert chosen[0, :3].tolist() == [15, 21, 0] and rejected[0, :3].tolist() == [30, 39, 0]
     assert (chosen[1, 0], rejected[1, 0]) == (164, 228) and chosen.shape == (2, 8)
+
+
+def test_no_pair_is_lost_where_devices_hold_parts_of_rows():
+    """Seven pairs in rows of 32 tokens, of which each of four devices holds 8."""
+    rng = np.random.default_rng(4)
+    segments = np.array([[*np.repeat(np.arange(1, 15), 2), 0, 0, 0, 0]] * 2)
+    packed = tiny.packed(rng.integers(0, tiny.VOCAB, segments.shape), segments, rng)
+    reference = rng.normal(-4, 0.5, segments.shape).astype(np.float32)
+    given, found = dataclasses.replace(packed, reference_BT=jnp.asarray(reference)), []
+    for context in (1, 4):
+        sharding = make_sharding(ParallelConfig(fsdp=1, context=context), jax.devices()[:context])
+        model = build(tiny.config(vocab_multiple=8), sharding)
+        evaluate = make_eval_step(model, functools.partial(dpo, config=DpoConfig()))
+        found.append(evaluate(tiny.weights(model), sharding.batch(given)))
+    assert found[0]["targets"] == 14
+    for name, expected in found[0].items():
+        assert found[1][name] == pytest.approx(float(expected), rel=1e-5, abs=1e-5), name
 
 
 @pytest.mark.fast
