@@ -16,7 +16,8 @@
 # (60 s), RETRIES (10 crashes), --spot for preemptible capacity; CREATE_FLAGS and SSH_FLAGS are more words for gcloud,
 # such as CREATE_FLAGS="--reserved --service-account=..." and SSH_FLAGS=--tunnel-through-iap. --dry-run prints every
 # command and runs none. Nothing secret is needed here: gcloud holds your login, and the hosts act as their service
-# account, which needs access to the bucket (roles/storage.objectUser).
+# account, which needs access to the bucket (roles/storage.objectUser). For more than one host gcloud wants its ssh key
+# in an agent: `ssh-add ~/.ssh/google_compute_engine`.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/steps.sh
@@ -44,6 +45,34 @@ on_hosts() { # SCRIPT [--worker=0 --node=0]: runs a script on all hosts, or on t
 
 to_hosts() { # FILE: into the home folder of every host
   tpus queued-resources scp "$1" "$NAME:" --worker=all --node=all ${ssh_flags[@]+"${ssh_flags[@]}"}
+}
+
+# gcloud refuses to talk to several hosts unless its key is in the agent of ssh, since it cannot ask each for the
+# passphrase. Where TOPOLOGY is not given the hosts cannot be counted, and gcloud says so itself.
+need_agent() {
+  local key=$HOME/.ssh/google_compute_engine tilde=\~ i print
+  several_hosts && [ -z "$DRY_RUN" ] || return 0
+  for i in ${ssh_flags[@]+"${!ssh_flags[@]}"}; do
+    case ${ssh_flags[i]} in
+      --ssh-key-file) key=${ssh_flags[i + 1]-} ;;
+      --ssh-key-file=*) key=${ssh_flags[i]#*=} ;;
+    esac
+  done
+  print=$(ssh-keygen -lf "$key" 2>/dev/null | cut -d' ' -f2) && [ -n "$print" ] ||
+    fail "$key: no key to reach several hosts by; make one by \`ssh-keygen -t rsa -f $key\`, then \`ssh-add $key\`"
+  ssh-add -l 2>/dev/null | grep -qF -- "$print" ||
+    fail "several hosts, and the agent of ssh does not hold the key: run \`ssh-add ${key/#"$HOME"/$tilde}\`" \
+      "(before it \`eval \"\$(ssh-agent)\"\` where no agent runs)"
+}
+
+several_hosts() {
+  [ "$SLICES" = 1 ] || return 0
+  [ -n "${TOPOLOGY:-}" ] || return 1
+  read_topology
+  case $CHIP in
+    v5e | v6e) [ "$CHIPS" -gt 8 ] ;; # 2x4 is one host of eight chips
+    *) [ "$CHIPS" -gt 4 ] ;;
+  esac
 }
 
 nodes() {
@@ -242,15 +271,15 @@ need ZONE "where the TPU is; \`gcloud compute tpus locations list\` shows the zo
 need NAME "a name for the TPU, such as llama"
 case $VERB in
   create) create && wait_until_active ;;
-  install) install ;;
-  train) need_training && start ;;
-  watch) need_training && read_topology && watch ;;
+  install) need_agent && install ;;
+  train) need_training && need_agent && start ;;
+  watch) need_training && read_topology && need_agent && watch ;;
   logs) on_hosts 'tail -n 100 -f ~/jaxllm-run/log' --worker=0 --node=0 ;;
   fetch)
     tpus queued-resources scp "$NAME:jaxllm-run/runs" . --recurse --worker=0 --node=0 \
       ${ssh_flags[@]+"${ssh_flags[@]}"}
     ;;
-  stop) stop ;;
+  stop) need_agent && stop ;;
   delete)
     say "Gives the TPU back. What is in the bucket stays."
     tpus queued-resources delete "$NAME" --force --quiet

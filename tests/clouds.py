@@ -113,6 +113,9 @@ def set_up(folder: Path) -> None:
     for name in ("kubectl", "docker", "sudo", "scontrol"):
         executable(folder / f"bin/{name}", PYTHON + RECORDER)
     executable(folder / "bin/gcloud", PYTHON + GCLOUD)
+    # The key of gcloud, and an agent that holds it.
+    for name in ("ssh-keygen", "ssh-add"):
+        executable(folder / f"bin/{name}", "#!/bin/sh\necho '3072 SHA256:abc/d+e me@here (RSA)'\n")
     executable(folder / "bin/uv", UV)
     executable(folder / "bin/srun", PYTHON + SRUN)
     executable(folder / "jaxllm", JAXLLM)

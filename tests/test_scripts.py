@@ -133,6 +133,32 @@ def test_a_tpu_run_that_cannot_go_on_is_given_up(here, tool, code, says):
     assert found.returncode == 2 and says in found.stderr, found.stdout + found.stderr
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("verb", [["install"], ["train", "run.yaml"], ["watch", "run.yaml"], ["stop"]])
+def test_several_hosts_need_the_key_in_an_agent(here, verb):
+    """gcloud would refuse, in its own words and after the packing; one host needs none."""
+    for agent in ("echo The agent has no identities.; exit 1", "echo '3072 SHA256:other me@here (RSA)'", "exit 2"):
+        executable(here / "bin/ssh-add", f"#!/bin/sh\n{agent}\n")
+        for environ in ({}, {"TOPOLOGY": "v6e:4x4"}, {"TOPOLOGY": "v6e:2x2", "SLICES": "2"}):
+            found = script("tpu_vm.sh", *verb, **CLOUD | environ)
+            assert found.returncode == 2 and "`ssh-add ~/.ssh/google_compute_engine`" in found.stderr, found.stderr
+    other = script("tpu_vm.sh", *verb, **CLOUD, SSH_FLAGS="--internal-ip --ssh-key-file=/k/mine")
+    assert other.returncode == 2 and "`ssh-add /k/mine`" in other.stderr
+    executable(here / "bin/ssh-keygen", "#!/bin/sh\nexit 1\n")
+    none = script("tpu_vm.sh", *verb, **CLOUD)
+    assert none.returncode == 2 and "make one by `ssh-keygen" in none.stderr
+    assert not calls()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("topology", ["v6e:2x4", "v5p:2x2x1", ""])
+def test_one_host_needs_no_agent(here, topology):
+    executable(here / "bin/ssh-add", "#!/bin/sh\nexit 2\n")
+    (here / "host").mkdir()
+    found = script("tpu_vm.sh", "stop", **CLOUD | {"TOPOLOGY": topology})
+    assert found.returncode == 0 and calls(), found.stderr
+
+
 def _raise(behind: Exception, error: Exception):
     try:
         raise behind
