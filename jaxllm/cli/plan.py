@@ -80,6 +80,7 @@ def _training(args, config, assumed, target):
     options = dict(tokens=args.tokens, prices=read_prices(args.prices))
     if args.search:
         most = 2 if args.compile is None else args.compile
+        options |= dict(overrides=args.overrides, assumed=assumed)
         found = search.search(config, target, compiles=most, say=_say, **options)
         return found, lambda: search.show(found)
     found = plan(config, target, compiles=not args.no_compile, assumed=assumed, **options)

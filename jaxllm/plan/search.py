@@ -6,7 +6,8 @@ Formulas rank hundreds of candidates in seconds; the best few are compiled, and 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxllm.errors import ResourceError, SettingsError
@@ -19,7 +20,7 @@ from jaxllm.plan.step import Step, describe, longest
 from jaxllm.plan.target import Target
 from jaxllm.plan.traffic import flows_of
 from jaxllm.plan.work import work_of
-from jaxllm.sharding import ParallelConfig
+from jaxllm.sharding import MESH_AXES, ParallelConfig
 from jaxllm.train.config import RunConfig
 from jaxllm.train.memory import size
 
@@ -29,6 +30,8 @@ DTYPES = ("bfloat16", "float32")
 #: Devices that share a layer by tensor parallelism: within one host of TPUs, or one node of GPUs.
 TENSOR = (1, 2, 4, 8)
 CONTEXT = (1, 2, 4, 8, 16)
+#: What is tried in other sizes, unless it is named.
+VARIED = {f"parallel.{axis}" for axis in MESH_AXES} | {"model.remat", "model.dtype", "train.accumulate"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +67,30 @@ def search(
     compiles: int = 2,
     tokens: float | None = None,
     prices=None,
+    overrides: Sequence[str] = (),
+    assumed: Sequence[str] = (),
     say: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, Any]:
     """Ranked plans as plain values: `ranked`, fastest first, and `refused` with the reason of each.
 
-    `compiles`: how many of the best are compiled, and ranked by that. Raises ResourceError where nothing fits.
+    Args:
+      compiles: how many of the best are compiled, and ranked by that.
+      overrides: `section.key=value` of settings that stay as they are.
+      assumed: settings that nobody gave, to be shown.
+
+    Raises ResourceError where nothing fits, by formulas or by the compiler.
     """
     if target.chip is None:
         raise SettingsError(
             f"--search ranks by time, and no speed of {target.name} is known; name a TPU or GPU topology"
         )
-    found = sorted(candidates(config, target), key=_order)
+    fixed = named(overrides)
+    found = sorted(candidates(config, target, fixed), key=_order)
+    if not found:
+        asked = ", ".join(text for text in overrides if text.startswith("parallel"))
+        raise SettingsError(
+            f"--search: no mesh of {target.name}'s {target.devices} devices has {asked}; leave some out"
+        )
     fit = [one for one in found if one.refused is None]
     say(f"{len(found):,} candidates by formulas: {len(fit):,} fit")
     if not fit:
@@ -85,10 +101,15 @@ def search(
         made = plan(one.config, target, **options)
         ranked.append(_row(one) | {"compiled": made} | _of_plan(made))
     ranked += [_row(one) | {"compiled": None} for one in fit[len(ranked) :]]
+    if all(row["refused"] for row in ranked):
+        reasons = "; ".join(f"{' '.join(row['overrides'])}: {row['refused']}" for row in ranked)
+        raise ResourceError(f"{target.name}: the compiler refuses all that fit by formulas: {reasons}")
     # What was compiled and does not fit goes last; of the others a compiled time counts for more than an estimate.
     ranked.sort(key=lambda row: (row["refused"] is not None, row["compiled"] is None, row["seconds"]))
     return {
         "topology": {"name": target.name, "chips": target.chips, "slices": target.slices},
+        "assumed": [text for text in assumed if text.partition("=")[0] not in ("model.dtype", "model.remat")],
+        "fixed": sorted(fixed & VARIED),
         "candidates": len(found),
         "ranked": [row for row in ranked if row["refused"] is None],
         "refused": [row for row in ranked if row["refused"]] + [_row(one) for one in found if one.refused],
@@ -128,35 +149,62 @@ def _row(one: Candidate) -> dict[str, Any]:
     return out
 
 
-def candidates(config: RunConfig, target: Target) -> Iterator[Candidate]:
-    """All of them, with what formulas say."""
-    stage = longest(config)
-    for parallel in meshes(config, target):
+def named(overrides: Sequence[str]) -> frozenset[str]:
+    """The settings that `section.key=value` or `section={key: value}` give."""
+    found = set()
+    for text in overrides:
+        key, _, value = (part.strip() for part in text.partition("="))
+        inside = re.findall(r"([\w.]+)\s*:", value) if key in ("parallel", "model", "train") else []
+        found |= {f"{key}.{name}" for name in inside} or {key}
+    return frozenset(found)
+
+
+def candidates(config: RunConfig, target: Target, fixed: frozenset[str] = frozenset()) -> Iterator[Candidate]:
+    """All of them, with what formulas say. `fixed`: names of settings that are not varied."""
+    stage, model, train = longest(config), config.model, config.train
+    micro = train.accumulate if "train.accumulate" in fixed else 1
+    remats = [model.remat] if "model.remat" in fixed else _remats(config)
+    dtypes = [model.dtype] if "model.dtype" in fixed else _dtypes(config)
+    for parallel in meshes(config, target, fixed):
         try:
-            step = describe(
-                _with(config, parallel, config.model.remat, 1, config.model.dtype), target.devices, target.slices
-            )
+            step = describe(_with(config, parallel, model.remat, micro, model.dtype), target.devices, target.slices)
         except SettingsError as error:
             yield Candidate(dataclasses.replace(config, parallel=parallel), None, refused=str(error))
             continue
         rows = stage.batch // step.sharding.batch_size
-        for remat, accumulate, dtype in itertools.product(_remats(config), _divisors(rows), _dtypes(config)):
-            yield judged(_vary(step, remat, accumulate, dtype), target)
+        micros = [micro] if "train.accumulate" in fixed else _divisors(rows)
+        for remat, accumulate, dtype in itertools.product(remats, micros, dtypes):
+            try:
+                yield judged(_vary(step, remat, accumulate, dtype), target)
+            except SettingsError as error:  # a kernel that lacks the dtype
+                refused = _with(config, parallel, remat, accumulate, dtype)
+                yield Candidate(refused, None, refused=str(error))
 
 
-def meshes(config: RunConfig, target: Target) -> Iterator[ParallelConfig]:
-    """Meshes of all devices: slices are replicas, experts and rows are split where there are any to split."""
+def meshes(config: RunConfig, target: Target, fixed: frozenset[str] = frozenset()) -> Iterator[ParallelConfig]:
+    """Meshes of all devices: slices are replicas, experts and rows are split where there are any to split.
+
+    An axis that is `fixed` at another size than -1 keeps it.
+    """
     inner = target.per_slice
     experts = max((spec.moe.experts for spec in config.model.layer_specs if spec.moe), default=1)
-    stage = longest(config)
-    for tensor, context, expert in itertools.product(TENSOR, CONTEXT, _divisors(experts)):
+    stage, kept = longest(config), {}
+    for axis in MESH_AXES:
+        if f"parallel.{axis}" in fixed and (asked := getattr(config.parallel, axis)) != -1:
+            kept[axis] = asked
+    choices = {"tensor": TENSOR, "context": CONTEXT, "expert": _divisors(experts)}
+    choices |= {axis: (kept[axis],) for axis in choices if axis in kept}
+    for tensor, context, expert in itertools.product(*choices.values()):
         shared = tensor * context * expert
         # Splitting a row pays where a device would otherwise have less than a row.
-        if inner % shared or (context > 1 and stage.batch >= target.devices // (tensor * expert)):
+        wasted = context > 1 and stage.batch >= target.devices // (tensor * expert)
+        if inner % shared or (wasted and "context" not in kept):
             continue
         for fsdp in _divisors(inner // shared):
             sizes = {"data": target.devices // (shared * fsdp), "fsdp": fsdp, "tensor": tensor}
-            yield dataclasses.replace(config.parallel, **sizes, context=context, expert=expert)
+            sizes |= {"context": context, "expert": expert}
+            if kept.items() <= sizes.items():
+                yield dataclasses.replace(config.parallel, **sizes)
 
 
 def _divisors(n: int) -> list[int]:
@@ -223,7 +271,12 @@ def _nothing(config: RunConfig, target: Target, found: list[Candidate]) -> str:
 def show(found: dict[str, Any], most: int = 10) -> str:
     """The dict of `search` as a table, and why the others do not fit."""
     where = found["topology"]
-    lines = [f"{where['name']}: {where['chips']:,} chips; {len(found['ranked']):,} of {found['candidates']:,} fit", ""]
+    lines = [f"{where['name']}: {where['chips']:,} chips; {len(found['ranked']):,} of {found['candidates']:,} fit"]
+    if found["assumed"]:
+        lines.append(f"a model by itself; assumed: {', '.join(found['assumed'])}")
+    if found["fixed"]:
+        lines.append(f"kept as they were named: {', '.join(found['fixed'])}")
+    lines.append("")
     lines.append(f"{'s a step':>10} {'tokens/s/chip':>14} {'MFU':>6} {'memory':>10}  by        settings")
     for row in found["ranked"][:most]:
         source = "compiled" if row["compiled"] else "formulas"

@@ -99,3 +99,40 @@ def test_where_nothing_fits_the_smallest_slice_is_named():
         search(plans.run("llama3.1-70b", devices=4), target, compiles=0)
     with pytest.raises(SettingsError, match="no speed of cpu:8 is known"):
         search(plans.run("llama"), parse_target("cpu:8"))
+
+
+@pytest.mark.fast
+def test_what_is_named_stays(found):
+    words = ["parallel={tensor: 2}", "model.remat=qkv", "train.accumulate=2", "model.dtype=bfloat16", "train.batch=64"]
+    config, target = plans.run("llama3.1-8b", *words, devices=16), parse_target("v6e:4x4")
+    kept = search(config, target, compiles=0, overrides=words, assumed=("train.seq_len=8192", "model.remat=full"))
+    rows = kept["ranked"] + kept["refused"]
+    assert 0 < kept["candidates"] == len(rows) < found["candidates"]
+    assert all({"parallel.tensor=2", *words[1:4]} <= set(row["overrides"]) for row in rows)
+    assert len({tuple(row["overrides"][:-4]) for row in rows}) > 2, "what is not named is tried"
+    text = show(kept)
+    assert "assumed: train.seq_len=8192\n" in text and "kept as they were named: model.dtype, model.remat, par" in text
+
+
+@pytest.mark.fast
+def test_axes_that_are_named_and_what_is_left():
+    config, target = (
+        plans.run("llama3.1-8b", "parallel.tensor=16", "train.batch=64", devices=64),
+        parse_target("v5p:4x4x4"),
+    )
+    assert {one.tensor for one in meshes(config, target, frozenset(["parallel.tensor"]))} == {16}
+    config = plans.run("llama3.1-8b", "parallel.fsdp=-1", "train.batch=64", devices=64)
+    assert list(meshes(config, target, frozenset(["parallel.fsdp"]))) == list(meshes(config, target))
+    words = ["parallel.tensor=3"]
+    with pytest.raises(SettingsError, match="no mesh of v5p:4x4x4's 64 devices has parallel.tensor=3"):
+        search(plans.run("llama3.1-8b", *words, devices=64), target, overrides=words)
+
+
+@pytest.mark.fast
+def test_where_the_compiler_refuses_all_its_reasons_are_raised(monkeypatch):
+    words = ["parallel.fsdp=16", "model.remat=full", "train.accumulate=1", "model.dtype=bfloat16", "train.batch=32"]
+    config, target = plans.run("llama3.1-8b", *words, devices=16), parse_target("v6e:4x4")
+    refused = {"memory": {"total": 1.0, "fits": False}, "advice": "a device needs 40 GiB"}
+    monkeypatch.setattr(search_module, "plan", lambda *_, **options: refused)
+    with pytest.raises(ResourceError, match="the compiler refuses all that fit.*remat=full.*a device needs 40 GiB"):
+        search(config, target, overrides=words)
