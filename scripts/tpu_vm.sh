@@ -215,12 +215,24 @@ elif [ -s ~/jaxllm-run/exit ]; then cat ~/jaxllm-run/exit
 elif [ -s ~/jaxllm-run/pid ] && kill -0 "$(cat ~/jaxllm-run/pid)" 2>/dev/null; then echo running
 else echo stopped; fi'
 
+# Or unreachable, with what gcloud and ssh said; what they say where all is well is of no use.
 status() {
-  gcloud compute tpus queued-resources ssh "$NAME" --worker=0 --node=0 --project="$PROJECT" --zone="$ZONE" \
-    ${ssh_flags[@]+"${ssh_flags[@]}"} --command="$STATUS" 2>/dev/null | tail -n 1 || echo unreachable
+  local found said
+  said=$(mktemp)
+  if found=$(gcloud compute tpus queued-resources ssh "$NAME" --worker=0 --node=0 --project="$PROJECT" --zone="$ZONE" \
+    ${ssh_flags[@]+"${ssh_flags[@]}"} --command="$STATUS" 2>"$said" </dev/null) && [ -n "$found" ]; then
+    tail -n 1 <<<"$found"
+  else
+    tail -n 5 "$said" >&2
+    echo unreachable
+  fi
+  rm -f "$said"
 }
 
 start_over() { stop && install && start; }
+
+# So often in a row nobody answers (gcloud's state of the request, or ssh) before it counts as a crash.
+UNREACHABLE=5
 
 replace() { tpus queued-resources delete "$NAME" --force --quiet && create; }
 
@@ -231,7 +243,7 @@ crashed() { # WHAT
 }
 
 watch() {
-  local failures=0 up=0 before='' now
+  local failures=0 up=0 lost=0 before='' now
   if [ -n "$DRY_RUN" ]; then
     say "Every $POLL s: is the TPU there, and how far is the first host?"
     tpus queued-resources describe "$NAME" --format='value(state.state)'
@@ -246,6 +258,14 @@ watch() {
     [ "$now" = "$before" ] || echo "$(date '+%F %T') $NAME: $now"
     before=$now
     case $now in
+      unreachable | UNKNOWN) lost=$((lost + 1)) ;;
+      *) lost=0 ;;
+    esac
+    case $now in
+      unreachable | UNKNOWN)
+        # Nothing is stopped or started: the run may well go on, and who cannot ask cannot start it either.
+        [ $((lost % UNREACHABLE)) -gt 0 ] || { up=0 && crashed "no answer, $lost times in a row"; }
+        ;;
       running)
         up=$((up + 1))
         [ "$up" -lt 60 ] || failures=0 # an hour without a crash
@@ -260,7 +280,7 @@ watch() {
       2) fail "the settings or the data must be changed; \`$0 logs\` shows how" ;;
       absent | stopped | 75) start_over || crashed "it could not be started" ;;
       [0-9]*) up=0 && crashed "the run ended with code $now" && start_over || true ;;
-      *) ;; # waiting for the TPU, or for an answer
+      *) ;; # waiting for the TPU
     esac
     sleep "$POLL"
   done

@@ -133,6 +133,25 @@ def test_a_tpu_run_that_cannot_go_on_is_given_up(here, tool, code, says):
     assert found.returncode == 2 and says in found.stderr, found.stdout + found.stderr
 
 
+@pytest.mark.parametrize("broken, tries, code", [(4, 0, 0), (9, 1, 0), (1000, 3, 2)])
+def test_hosts_that_do_not_answer_are_a_crash_after_five_tries(here, broken, tries, code):
+    """They are not waited for without an end and without a word."""
+    (here / "broken").write_text(str(broken))
+    executable(here / "jaxllm", "#!/bin/sh\n")
+    found = script("tpu_vm.sh", "watch", "run.yaml", "--retries=2", **CLOUD, FAKE=str(here), POLL="0.1")
+    assert found.returncode == code, found.stdout + found.stderr
+    assert found.stderr.count("port 22: Connection refused") == min(broken, 15)
+    said = (found.stdout + found.stderr).count("no answer,")
+    assert said == tries and ("(3 times)" in found.stderr) == (tries == 3), found.stdout + found.stderr
+
+
+def test_a_state_that_gcloud_cannot_tell_is_a_crash_after_five_tries(here):
+    executable(here / "bin/gcloud", "#!/bin/sh\necho 'ERROR: reauthentication is needed' >&2\nexit 1\n")
+    found = script("tpu_vm.sh", "watch", "run.yaml", "--retries=1", **CLOUD, POLL="0.1")
+    assert found.returncode == 2 and found.stderr.count("reauthentication is needed") == 10, found.stderr
+    assert "no answer, 10 times in a row (2 times)" in found.stderr
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("verb", [["install"], ["train", "run.yaml"], ["watch", "run.yaml"], ["stop"]])
 def test_several_hosts_need_the_key_in_an_agent(here, verb):
