@@ -82,7 +82,8 @@ create() {
 
 image() {
   need IMAGE "where the image goes, such as us-docker.pkg.dev/PROJECT/REPOSITORY/jaxllm"
-  say "Builds the committed files of this checkout. docker may push after \`gcloud auth configure-docker\`."
+  say "Builds the committed files of this checkout. docker may push after" \
+    "\`gcloud auth configure-docker ${IMAGE%%/*}\`."
   run bash -o pipefail -c "git -C $(quoted "$root") archive HEAD |
   docker build --platform=linux/amd64 --build-arg=EXTRAS=$(quoted "$EXTRAS") \\
     -f scripts/Dockerfile -t $(quoted "$IMAGE") -"

@@ -313,7 +313,8 @@ def test_dry_runs_of_gke(here):
         f"gcloud container clusters get-credentials tpus {where}\n",
         "kubectl apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/",
     )
-    in_order(dry("gke.sh", "image"), "archive HEAD", "docker build", f"-t {CLOUD['IMAGE']}", "docker push")
+    login = "`gcloud auth configure-docker us-docker.pkg.dev`"  # without the host it is for gcr.io only
+    in_order(dry("gke.sh", "image"), login, "archive HEAD", "docker build", f"-t {CLOUD['IMAGE']}", "docker push")
     in_order(
         dry("gke.sh", "train", "run.yaml"),
         "kubectl create configmap llama-settings --from-file=run.yaml",
