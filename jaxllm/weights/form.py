@@ -43,14 +43,15 @@ class Form:
         return math.prod(self.sizes(role))
 
     def matrix(self, w: jax.Array) -> jax.Array:
-        """`[E?, O, I]` of the weight in its own axes."""
+        """`[E?, O, I]` of the weight in its own axes; E may be the experts of one device."""
         order = [i for role in "eoi" for i, r in enumerate(self.roles) if r == role]
-        return w.transpose(order).reshape(*self.experts, self.outputs, self.inputs)
+        experts = (w.shape[i] for i in order[: len(self.experts)])
+        return w.transpose(order).reshape(*experts, self.outputs, self.inputs)
 
     def weight(self, w_OI: jax.Array) -> jax.Array:
         """The weight in its own axes of `[E?, O, I]`: the inverse of `matrix`."""
         order = [i for role in "eoi" for i, r in enumerate(self.roles) if r == role]
-        wide = w_OI.reshape([self.shape[i] for i in order])
+        wide = w_OI.reshape(*w_OI.shape[:-2], *self.sizes("o"), *self.sizes("i"))
         return wide.transpose(sorted(range(len(order)), key=order.__getitem__))
 
     def fits(self, equation: str) -> bool:

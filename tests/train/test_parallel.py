@@ -194,3 +194,28 @@ def test_adapters_over_quantised_weights_equal_one_device(parallel):
     expected = adapted(on({"data": 1}))
     assert all("lora_b" in path for path in expected[1]) and len(expected[1]) > 5, "b starts at 0: only it moves"
     check(adapted(on(parallel)), expected)
+
+
+def changed_experts(sharding, one: Change, trainable: str):
+    """`(loss, {path: gradient})` of experts whose weights are of another type than arrays."""
+    plain = build(CONFIGS["moe"], sharding, tiny.Kernels(unroll=0))
+    params = tiny.weights(plain)
+    params, model = change(plain, one.plan(plain), params), after(plain, (one,))
+    tx = optax.sgd(1.0)
+    before = jax.tree.map(np.asarray, params)
+    state = make_state(model, tx, jax.random.key(0), params=params, trainable=trainable)
+    state, metrics = make_train_step(model, lm, tx, trainable=trainable)(state, sharding.batch(BATCH))
+    moved = jax.tree.map(lambda a, b: a - np.asarray(b), before, state.params)
+    return float(metrics["loss"]), {path: d for path, d in tree.flatten(moved).items() if np.any(d)}
+
+
+@pytest.mark.parametrize("kind", ["qat", pytest.param("dora", marks=pytest.mark.slow)])
+def test_experts_of_other_types_equal_one_device(kind):
+    """Each of two devices sees half of the experts."""
+    changes = {
+        "qat": (Change(qat={"rules": [{"format": "int8", "pattern": "**/moe/*"}]}), "**"),
+        "dora": (Change(lora=LoraConfig(rank=4, kind="dora", pattern="**/moe/*")), TRAINABLE),
+    }
+    expected = changed_experts(on({"data": 1}), *changes[kind])
+    assert any("moe/up" in path for path in expected[1])
+    check(changed_experts(on({"expert": 2}), *changes[kind]), expected)
