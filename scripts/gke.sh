@@ -42,6 +42,12 @@ read_slice() {
   read_topology
   [ $((CHIPS % 4)) = 0 ] || fail "TOPOLOGY=$TOPOLOGY: hosts have 4 chips, and $CHIPS do not divide by that"
   HOSTS=$((CHIPS / 4))
+  # cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice: slices of a Multislice are multi-host node pools.
+  local larger=2x4
+  [[ $SHAPE != *x*x* ]] || larger=2x2x2
+  [ "$SLICES" = 1 ] || [ "$HOSTS" -gt 1 ] ||
+    fail "SLICES=$SLICES of TOPOLOGY=$TOPOLOGY: GKE joins slices of two hosts or more only, and these have one;" \
+      "take TOPOLOGY=$CHIP:$larger or larger, or SLICES=1"
   case $CHIP in
     v4) ACCELERATOR=tpu-v4-podslice machine=ct4p-hightpu-4t ;;
     v5e) ACCELERATOR=tpu-v5-lite-podslice machine=ct5lp-hightpu-4t ;;

@@ -240,6 +240,8 @@ def problems(body: dict) -> list[str]:
         ("v5e:16x16", 2, 64, "tpu-v5-lite-podslice"),
         ("v5p:8x8x8", 4, 128, "tpu-v5p-slice"),
         ("v6e:16x16", 1, 64, "tpu-v6e-slice"),
+        ("v6e:2x2", 1, 1, "tpu-v6e-slice"),
+        ("v5e:2x4", 2, 2, "tpu-v5-lite-podslice"),
         ("tpu7x:4x4x4", 1, 16, "tpu7x"),
     ],
 )
@@ -356,6 +358,8 @@ def test_a_run_on_gke_creates_what_the_manifest_says(here):
         (["tpu_vm.sh", "watch", "run.yaml"], {"CHECKPOINTS": "/data/run"}, "use gs://BUCKET/RUN"),
         (["gke.sh", "create"], {"CLUSTER": ""}, "give --cluster"),
         (["gke.sh", "create"], {"TOPOLOGY": "v6e:1x1"}, "hosts have 4 chips"),
+        (["gke.sh", "create"], {"TOPOLOGY": "v6e:2x2", "SLICES": "2"}, "take TOPOLOGY=v6e:2x4 or larger, or SLICES=1"),
+        (["gke.sh", "manifest", "run.yaml", "--slices=4"], {"TOPOLOGY": "v5p:2x2x1"}, "take TOPOLOGY=v5p:2x2x2"),
         (["gke.sh", "create"], {"TOPOLOGY": "tpu7x:4x4x4"}, "xpk cluster create"),
         (["gke.sh", "train", "run.yaml"], {"IMAGE": ""}, "give --image"),
         (["gke.sh", "train", "run.yaml"], {"NAME": "Llama_3"}, "small letters, digits and dashes"),
