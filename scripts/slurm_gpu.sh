@@ -39,6 +39,11 @@ jaxllm=${ENV:-.venv}/bin/jaxllm
 JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))
 export JAX_LOCAL_DEVICE_IDS
 
+# jax takes 75 % of each GPU's memory unless told otherwise; the rest is for NCCL, cuDNN and CUDA itself, which 6 GB of
+# 80 should hold. jaxlib refuses to start where both the old and the new name of the variable are set.
+[ -n "${XLA_CLIENT_MEM_FRACTION:-}" ] ||
+  export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
+
 # jax finds the other tasks by what srun tells each (jax/_src/clusters/slurm_cluster.py). A task without
 # --cpus-per-task would be held to one core. srun ends with the highest code of its tasks; --wait lets the others
 # finish their save after the first has ended.

@@ -393,6 +393,23 @@ def test_a_slurm_job_goes_back_to_the_queue_when_it_was_stopped(here):
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(
+    "environ, told",
+    [
+        ({}, "0.92,"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "0.5,"),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.6"}, ",0.6"),  # jaxlib refuses both
+    ],
+)
+def test_a_slurm_job_takes_most_of_the_memory_unless_told_otherwise(here, monkeypatch, environ, told):
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    show = "#!/bin/sh\necho $XLA_PYTHON_CLIENT_MEM_FRACTION,$XLA_CLIENT_MEM_FRACTION\n"
+    executable(here / ".venv/bin/jaxllm", show)
+    assert slurm("run.yaml", **environ).stdout.split() == [told] * 2
+
+
+@pytest.mark.fast
 def test_what_the_slurm_job_asks_for():
     text = (ROOT / "scripts/slurm_gpu.sh").read_text()
     asked = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in text.splitlines() if "#SBATCH" in line)
