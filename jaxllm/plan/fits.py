@@ -112,7 +112,9 @@ CHANGES = ((_as_it_is, _wider, _at_once), (_remat, _wider_remat, _at_once_remat)
 
 def _sizes_of(topology: Topology) -> list[Topology]:
     if topology.chip.gpu:
-        return [Topology(topology.chip, (8, 2**n)) for n in range(8)]
+        return [Topology(topology.chip, (n, 1)) for n in (1, 2, 4)] + [
+            Topology(topology.chip, (8, 2**n)) for n in range(8)
+        ]
     return [Topology(topology.chip, shape) for shape in slices_of(topology.chip)]
 
 

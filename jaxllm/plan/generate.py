@@ -4,6 +4,7 @@ Shapes: B rows, S slots of the cache, T positions of a part of a prompt, V vocab
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from jaxllm.adapt.changes import Change, Changes, after
 from jaxllm.adapt.quantize import QuantizeConfig, QuantizeRule
-from jaxllm.errors import SettingsError
+from jaxllm.errors import SettingsError, UserError
 from jaxllm.generate import decode
 from jaxllm.generate.params import make_sampling
 from jaxllm.kernels.backend import tracing_for
@@ -21,11 +22,15 @@ from jaxllm.model.build import Model, active_parameters, build
 from jaxllm.model.cache import Cache, make_cache
 from jaxllm.plan.bounds import ASSUMED, Bound, network_bounds, seconds_of
 from jaxllm.plan.compiled import Compiled, compile_for, memory_of, needed
+from jaxllm.plan.fits import smallest_slice
 from jaxllm.plan.step import abstract_sharding, changes_of
 from jaxllm.plan.target import Target
 from jaxllm.sharding import Sharding, make_sharding
 from jaxllm.train.config import RunConfig
 from jaxllm.train.memory import device_bytes, size
+
+#: What a phase says where it was not compiled and devices share the work.
+UNKNOWN = "no bound of networks: what devices send each other is known of compiled programs alone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +146,47 @@ def plan_generation(
     for phase in ("decode", "prefill"):
         found[phase] = _phase(phase, shapes, weights, cache, programs.get(phase), target)
     if not memory["fits"]:
-        found["advice"] = (
-            f"{target.name}: a device needs {size(memory['total'])} ({', '.join(_listed(memory))}) and has "
-            f"{size(capacity)}; split the weights over more devices (parallel.tensor), store them in fewer bits "
-            "(--weights int8), or lower --batch or --context"
-        )
+        found["advice"] = _advice(config, request, memory, target)
     return found
+
+
+def _advice(config: RunConfig, request: Request, memory: dict[str, Any], target: Target) -> str:
+    """Both sizes, and the smallest slice that would do."""
+
+    def fits(config: RunConfig, there: Target) -> bool:
+        try:
+            sharding = abstract_sharding(config.parallel, there.devices, there.slices)
+            shapes = make_generation(config, sharding, request)
+        except UserError:
+            return False
+        return device_bytes(shapes.params) + device_bytes(shapes.cache) <= memory_of(there)
+
+    text = (
+        f"{target.name}: a device needs {size(memory['total'])} ({', '.join(_listed(memory))}) and has "
+        f"{size(memory['capacity'])}; store the weights in fewer bits (--weights int8), lower --batch or --context"
+    )
+    if target.topology is None:
+        return f"{text}, or split the weights over more devices (parallel.tensor)"
+    smallest = smallest_slice(config, target, ((_as_it_is, _by_heads), (_by_heads_and_layers,)), fits)
+    if smallest is None:
+        return f"{text}; no slice of this chip would do as it is"
+    return f"{text}; the smallest slice that would do, by formulas without temporaries: {smallest[0]}{smallest[1]}"
+
+
+def _as_it_is(config: RunConfig, target: Target) -> RunConfig:
+    return config
+
+
+def _by_heads(config: RunConfig, target: Target, **axes: int) -> RunConfig:
+    """Heads split over as many devices as they divide over, and replicas of that."""
+    heads = [spec.attn.kv_heads or spec.attn.heads for spec in config.model.layer_specs]
+    sizes = {"data": -1, "fsdp": 1, "expert": 1, "context": 1, "tensor": math.gcd(target.per_slice, *heads)}
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **sizes | axes))
+
+
+def _by_heads_and_layers(config: RunConfig, target: Target) -> RunConfig:
+    """Also the weights split over the other devices of a slice, which gather them for each token: slow."""
+    return _by_heads(config, target, data=target.slices, fsdp=-1)
 
 
 def compile_generation(config: RunConfig, target: Target, request: Request) -> dict[str, Compiled]:
@@ -221,6 +261,7 @@ def _phase(
         "tokens_per_second": tokens / seconds,
         "tokens_per_second_per_row": tokens / B / seconds,
         "network": network,
+        "missing": UNKNOWN if program is None and target.devices > 1 else None,
     }
 
 
@@ -271,6 +312,8 @@ def show(found: dict[str, Any]) -> str:
         lines += [
             f"  {name:<18}{bound['seconds'] * 1e3:>9.2f} ms  {bound['how']}" for name, bound in one["bounds"].items()
         ]
+        if one["missing"]:
+            lines.append(f"  {one['missing']}")
         lines.append(
             f"  at most {one['tokens_per_second']:,.0f} tokens/s, {one['tokens_per_second_per_row']:,.1f} for each row"
         )
