@@ -21,6 +21,7 @@ from jaxllm.data.prepare import prepare
 from jaxllm.data.store import digest
 from jaxllm.errors import CheckpointError, SettingsError
 from jaxllm.model.build import Model, active_parameters, build
+from jaxllm.model.spec import Kernels
 from jaxllm.optim.optimizers import make_optimizer
 from jaxllm.optim.schedules import make_schedule
 from jaxllm.sharding import Sharding, join_processes, make_sharding
@@ -67,6 +68,7 @@ class Trainer:
         check_same({"set of settings": shared(config)})
         self.sharding = make_sharding(config.parallel)
         self.stages = config.train.resolved_stages
+        check_ring(config.kernels, self.sharding)
         for stage in self.stages:
             check_batch(stage, config.train.accumulate, self.sharding)
             rows = stage.batch // config.train.accumulate // self.sharding.batch_size
@@ -366,4 +368,13 @@ def check_batch(stage: Stage, accumulate: int, sharding: Sharding) -> None:
     if stage.seq_len % sharding.mesh.shape["context"]:
         raise SettingsError(
             f"train.seq_len={stage.seq_len} does not divide over parallel.context={sharding.mesh.shape['context']}"
+        )
+
+
+def check_ring(kernels: Kernels, sharding: Sharding) -> None:
+    """Raises SettingsError for a ring of keys and values where no devices share a row."""
+    if kernels.context == "ring" and sharding.mesh.shape["context"] == 1:
+        raise SettingsError(
+            "kernels.context=ring, but parallel.context=1 leaves rows whole; set parallel.context=2 or more, or "
+            "kernels.context=gather"
         )

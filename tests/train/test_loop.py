@@ -13,7 +13,7 @@ import small
 from jaxllm import api, checkpoint, tree
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import parse
-from jaxllm.errors import CheckpointError, UserError
+from jaxllm.errors import CheckpointError, SettingsError, UserError
 from jaxllm.model.build import build
 from jaxllm.sharding import ParallelConfig, make_sharding
 from jaxllm.train import loop
@@ -341,6 +341,12 @@ def test_init_and_trainable(finished, corpus, tmp_path):
     averaged = tree.flatten(api.load(out, ema=True).params)
     same = {path for path in old if np.asarray(old[path]).tobytes() == np.asarray(averaged[path]).tobytes()}
     assert same == old.keys() - moved, "weights that were not trained have no average and are as they were"
+
+
+def test_a_ring_without_parts_of_rows_is_refused(corpus, tmp_path):
+    with pytest.raises(SettingsError, match=r"kernels\.context=ring, but parallel\.context=1"):
+        train(corpus, tmp_path / "run", kernels__context="ring")
+    assert not (tmp_path / "run").exists()
 
 
 def test_init_from_a_run_with_another_tokenizer_is_refused(finished, corpus, tmp_path):
