@@ -164,7 +164,7 @@ def make_eval_step(model: Model, objective: Objective) -> Callable[[Params, Any]
 
 #: TPUs whose SparseCores can move data while the rest computes. Elsewhere gathers run beside products by themselves, as
 #: on v5e, or not at all, as on v4.
-SPARSE_CORES = r"TPU (v5p?|v6 lite|v6e|7x)$"
+SPARSE_CORES = r"TPU (v5p?|v6 lite|v6e)$|TPU ?7x$"
 
 
 def compiler_options(sharding: Sharding) -> dict[str, bool] | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import tiny
 
 from jaxllm import tree
 from jaxllm.objectives.lm import lm
-from jaxllm.train.step import make_eval_step, make_state, make_train_step
+from jaxllm.train.step import compiler_options, make_eval_step, make_state, make_train_step
 
 BATCH = tiny.batch()
 CONFIGS = {
@@ -155,3 +156,11 @@ def test_each_step_drops_other_activations():
         losses.append(float(metrics["loss"]))
     again = make_state(model, tx, jax.random.key(0), params=tiny.weights(model))
     assert float(step(again, BATCH)[1]["loss"]) == losses[0] != losses[1]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU 7x", "TPU7x", "NVIDIA H200"])
+def test_only_tpus_with_sparse_cores_are_told_of_them(kind):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)] * 2), size=2)
+    told = compiler_options(SimpleNamespace(mesh=mesh)) is not None
+    assert told == (kind in ("TPU v5", "TPU v6 lite", "TPU 7x", "TPU7x"))
