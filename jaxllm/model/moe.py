@@ -135,7 +135,8 @@ class Moe(nnx.Module):
     def _with_capacity(self, x_BTD, chosen_BTX, gates_BTX, real_BT, axis: str | None):
         """Each expert takes at most C tokens of a row, in order of choice, then position (GShard, arXiv 2006.16668).
 
-        Rows are separate, so what is dropped does not depend on accumulation or the number of devices.
+        Rows are separate, so what is dropped does not depend on accumulation, nor on how many devices split the batch.
+        Devices that hold parts of a row (`parallel.context`) each drop within their part, of T tokens, by its C.
         """
         B, T, D = x_BTD.shape
         X, E = self.spec.experts_per_token, self.spec.experts
