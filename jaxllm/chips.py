@@ -31,6 +31,8 @@ class Chip:
     """Dimensions of the torus of a slice; each has two links. 0: a switch joins all GPUs of a node."""
     pod: int = 8
     """Most chips that fast links join: a pod of TPUs, a node of GPUs."""
+    largest: int | None = None
+    """Chips of the largest slice, where that is not a pod."""
     clock: float | None = None
     """Cycles a second behind the TPU compiler's estimated_cycles: the peak over the FLOPs of a cycle, which are a power
     of two. Its estimates of large bf16 matmuls (16384^3, libtpu 0.0.52) come to 78 to 94 % of that power."""
@@ -55,6 +57,7 @@ class Chip:
 # ICI is half of the documented "bidirectional" figure, which counts both ways (v4: 6 links of 50 GB/s, Jouppi et al.
 # 2023, table 4). DCN: gigabits a chip in the documents; v5e is 2 x 100 Gb/s for 8 chips; v4 is taken as v5p, 4 chips on
 # the usual 200 Gb/s of a host. Memory: "exceeds available HBM (95.73G)" and its like, from libtpu 0.0.52.
+# A pod of v5p has 8,960 chips, and its largest slice, 16x16x24, 6,144.
 TPUS = (
     Chip(
         "v4", bf16=275 * TERA, hbm=30.75 * GIB, hbm_bandwidth=1200 * GIGA, ici=300 * GIGA, dcn=6.25 * GIGA,
@@ -66,7 +69,7 @@ TPUS = (
     ),
     Chip(
         "v5p", bf16=459 * TERA, hbm=95.73 * GIB, hbm_bandwidth=2765 * GIGA, ici=600 * GIGA, dcn=6.25 * GIGA,
-        int8=918 * TERA, torus=3, pod=8960, clock=459 * TERA / 2**18,
+        int8=918 * TERA, torus=3, pod=8960, largest=6144, clock=459 * TERA / 2**18,
     ),
     Chip(
         "v6e", bf16=918 * TERA, hbm=31.24 * GIB, hbm_bandwidth=1638 * GIGA, ici=400 * GIGA, dcn=12.5 * GIGA,

@@ -86,7 +86,7 @@ def slices_of(chip: Chip) -> tuple[tuple[int, ...], ...]:
         return FLAT
     one = ((1, 1, 1),) if chip.name == "tpu7x" else ()
     shapes = itertools.combinations_with_replacement(range(4, 257, 4), 3)
-    return one + SMALL + tuple(shape for shape in shapes if math.prod(shape) <= chip.pod)
+    return one + SMALL + tuple(shape for shape in shapes if math.prod(shape) <= (chip.largest or chip.pod))
 
 
 def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
@@ -120,9 +120,8 @@ def _by_count(name: str, count: int) -> str:
 def _nodes(text: str, chip: Chip, shape: tuple[int, ...]) -> tuple[int, ...]:
     per_node, nodes, *rest = (*shape, 1) if len(shape) == 1 else shape
     if rest or per_node not in (1, 2, 4, 8) or nodes < 1:
-        raise SettingsError(
-            f"topology {text}: write GPUs a node (1, 2, 4 or 8) x nodes, such as {chip.name}:8x{max(nodes, 2)}"
-        )
+        meant = max(nodes if len(shape) > 1 else -(-per_node // 8), 2)
+        raise SettingsError(f"topology {text}: write GPUs a node (1, 2, 4 or 8) x nodes, such as {chip.name}:8x{meant}")
     return per_node, nodes
 
 

@@ -51,7 +51,7 @@ def test_the_peaks_of_mfu_are_those_of_the_table():
     [
         ("v5p:4x4x4", "v5p:4x4x4", 64, 64, (True, True, True)),
         ("v5p:2x4x4", "v5p:2x4x4", 32, 32, (False, False, False)),
-        ("v5p:16x20x28", "v5p:16x20x28", 8960, 8960, (True, True, True)),
+        ("v5p:16x16x24", "v5p:16x16x24", 6144, 6144, (True, True, True)),
         ("v4:12x4x8", "v4:12x4x8", 384, 384, (True, True, True)),
         ("V5E:8x16", "v5e:8x16", 128, 128, (False, True)),
         ("v5litepod:2x2", "v5e:2x2", 4, 4, (False, False)),
@@ -81,7 +81,8 @@ def test_names_of_topologies(text, name, chips, devices, wraps):
         ("v5p:4x4x5", "did you mean v5p:4x4x4?"),
         ("v5p:8x4x4", "did you mean v5p:4x4x8?"),
         ("v4:16x16x20", "did you mean v4:16x16x16?"),
-        ("v5p:64x64x64", "did you mean v5p:16x20x28?"),
+        ("v5p:64x64x64", "did you mean v5p:16x16x24?"),
+        ("v5p:16x20x28", "no such slice; did you mean v5p:16x16x24?"),
         ("v5p:0x4x4", "no such slice"),
         ("v5p", "write chip and shape, such as v5p:4x4x4"),
         ("v6e:4*4", "write chip and shape, such as v6e:4x4"),
@@ -89,6 +90,7 @@ def test_names_of_topologies(text, name, chips, devices, wraps):
         ("v5litepod-16", "write its shape instead: v5e:4x4 has 16 chips"),
         ("h100-16", "write its shape instead: h100:8x2"),
         ("h100:16", "write GPUs a node (1, 2, 4 or 8) x nodes, such as h100:8x2"),
+        ("h100:64", "such as h100:8x8"),
         ("h100:8x2x2", "x nodes, such as h100:8x2"),
         ("h100:8x0", "x nodes"),
         ("", "unknown chip ''"),
@@ -106,7 +108,7 @@ def test_every_slice_that_is_offered_is_taken():
         assert len(set(shapes)) == len(shapes) and max(map(len, shapes)) == chip.torus
         for shape in shapes:
             topology = parse_topology(f"{chip.name}:{'x'.join(map(str, shape))}")
-            assert topology.shape == shape and topology.chips <= chip.pod
+            assert topology.shape == shape and topology.chips <= (chip.largest or chip.pod)
     assert set(ALIASES.values()) < set(CHIPS)
 
 
