@@ -1,6 +1,8 @@
 """The verb that plans a run for hardware that need not be there."""
 
 import json
+import math
+from pathlib import Path
 
 from jaxllm.cli.common import given, new_verb, refuse_ignored
 from jaxllm.errors import UserError
@@ -66,9 +68,13 @@ def _refuse(args) -> None:
         refuse_ignored("--search compiles what --compile says", ["no_compile"] * args.no_compile)
     else:
         refuse_ignored("without --search one plan is made", given(args, ["compile"]))
-    for name in ("tokens", "compile"):
-        if (value := getattr(args, name)) is not None and value < (name == "tokens"):
-            raise UserError(f"--{name} {value:g}: must be {'above 0' if name == 'tokens' else '0 or more'}")
+    if args.tokens is not None and not 0 < args.tokens < math.inf:
+        raise UserError(f"--tokens {args.tokens:g}: must be above 0 and finite")
+    if args.compile is not None and args.compile < 0:
+        raise UserError(f"--compile {args.compile}: must be 0 or more")
+    if args.chart and (not (folder := Path(args.chart).parent).is_dir() or Path(args.chart).is_dir()):
+        what = f"there is no folder {folder}" if not folder.is_dir() else "that is a folder"
+        raise UserError(f"--chart {args.chart}: {what}; name a file in a folder that is there")
 
 
 def _training(args, config, assumed, target):

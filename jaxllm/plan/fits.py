@@ -26,6 +26,10 @@ def advice(config: RunConfig, found: dict[str, Any], target: Target) -> str:
         f"{target.name}: a device needs {size(memory['total'])} by {memory['source']} and has "
         f"{size(memory['capacity'])} ({listed})"
     )
+    if target.topology is None:
+        return (
+            f"{text}; devices of this CPU share its memory; lower train.batch or train.seq_len, or plan fewer devices"
+        )
     smallest = smallest_slice(config, target)
     if smallest is None:
         return f"{text}; no slice of this chip would do; lower train.seq_len, or split rows with parallel.context"

@@ -66,6 +66,8 @@ def parse_target(text: str, slices: int = 1) -> Target:
         if slices > 1:
             raise SettingsError(f"--slices {slices} would be ignored: CPU devices are one slice; leave it out")
         return Target(f"cpu:{found[1]}", int(found[1]))
+    if text.strip().lower().partition(":")[0] == "cpu":
+        raise SettingsError(f"topology {text}: write how many devices of this machine's CPU, such as cpu:8")
     topology = parse_topology(text)
     if topology.chip.gpu and slices > 1:
         nodes = topology.shape[1] * slices

@@ -7,6 +7,7 @@ import jsonschema
 import plans
 import pytest
 
+from jaxllm import cli
 from jaxllm.chips import CHIPS
 from jaxllm.errors import MissingExtra, ResourceError, SettingsError
 from jaxllm.plan import plan as plan_module
@@ -226,6 +227,12 @@ def test_more_rows_are_offered_where_a_run_has_too_few_for_enough_devices():
 
 
 @pytest.mark.fast
+def test_of_cpu_devices_no_slice_is_spoken_of():
+    advice = planned("llama3.1-70b", "cpu:8", "train.batch=1024", compiles=False)["advice"]
+    assert "devices of this CPU share its memory" in advice and "slice" not in advice
+
+
+@pytest.mark.fast
 def test_what_is_far_too_large_is_not_compiled(monkeypatch):
     monkeypatch.setattr(plan_module, "compile_step", lambda *_: pytest.fail("compiled"))
     found = planned("llama2-70b", "v5p:2x2x1", "train.batch=64")
@@ -263,6 +270,24 @@ def test_what_there_is_not(topology, slices, says):
     with pytest.raises(SettingsError) as error:
         parse_target(topology, slices)
     assert says in str(error.value)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("--tokens", "nan"), "--tokens nan: must be above 0"),
+        (("--tokens", "inf"), "--tokens inf: must be above 0"),
+        (("--chart", "/nowhere/x.png"), "--chart /nowhere/x.png: there is no folder /nowhere"),
+        (("--chart", "."), "--chart .: that is a folder"),
+        (("--topology", "cpu"), "topology cpu: write how many devices of this machine's CPU, such as cpu:8"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_compiled(capsys, words, says):
+    with plans.environment():
+        code = cli.main(["plan", "llama3.1-8b", "--topology", "v6e:2x4", *words])
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and says in err and err.count("\n") == 1
 
 
 @pytest.mark.fast
