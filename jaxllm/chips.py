@@ -17,7 +17,7 @@ class Chip:
     bf16: float
     """Dense peak FLOP/s in bfloat16."""
     hbm: float
-    """Bytes of memory for programs: what the compiler (TPU) or the driver (GPU) leaves of the data sheet's."""
+    """Bytes of memory: what the compiler (TPU) or the driver (GPU) leaves of the data sheet's."""
     hbm_bandwidth: float
     ici: float
     """Bytes/s that a chip sends over all its links to its slice, one way; NVLink to its node on a GPU."""

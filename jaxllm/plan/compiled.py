@@ -55,10 +55,21 @@ def needed(memory: Memory, platform: str) -> float:
     return memory.peak if platform == "tpu" and memory.peak else memory.total
 
 
+#: The share of a GPU's memory that jax takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise (docs/gpu.md).
+GPU_SHARE = 0.75
+
+
+def share_of(target: Target) -> str | None:
+    """What is to be said of `memory_of`; None where devices have all of it."""
+    if target.platform != "gpu":
+        return None
+    return f"jax takes {GPU_SHARE:.0%} of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set"
+
+
 def memory_of(target: Target) -> float | None:
-    """Bytes of one device; CPU devices share those of this machine."""
+    """Bytes of one device for programs; of a GPU jax's share; CPU devices share those of this machine."""
     if target.chip is not None:
-        return target.chip.device.hbm
+        return target.chip.device.hbm * (GPU_SHARE if target.chip.gpu else 1)
     import psutil
 
     return psutil.virtual_memory().total / target.devices

@@ -21,7 +21,7 @@ from jaxllm.kernels.backend import tracing_for
 from jaxllm.model.build import Model, active_parameters, build
 from jaxllm.model.cache import Cache, make_cache
 from jaxllm.plan.bounds import ASSUMED, Bound, network_bounds, seconds_of
-from jaxllm.plan.compiled import Compiled, compile_for, memory_of, needed
+from jaxllm.plan.compiled import Compiled, compile_for, memory_of, needed, share_of
 from jaxllm.plan.fits import smallest_slice
 from jaxllm.plan.step import abstract_sharding, changes_of
 from jaxllm.plan.target import Target
@@ -223,6 +223,7 @@ def _memory(weights: float, cache: float, programs, capacity, target: Target) ->
         "kinds": {"parameters": weights, "cache": cache, "temporaries": total - weights - cache},
         "total": total,
         "capacity": capacity,
+        "capacity_how": share_of(target),
         "fits": not refused and total <= capacity,
         "source": "the compiled programs" if programs else "formulas, without temporaries",
     }
@@ -304,6 +305,7 @@ def show(found: dict[str, Any]) -> str:
         lines.append(f"a model by itself; assumed: {', '.join(run['assumed'])}")
     of = f" of {size(memory['capacity'])}, {memory['total'] / memory['capacity']:.0%}"
     lines += ["", f"memory of a device, by {memory['source']}: {size(memory['total'])}{of}"]
+    lines += [f"  ({memory['capacity_how']})"] * bool(memory["capacity_how"])
     lines += [f"  {NAMES[kind]:<18}{size(value):>12}" for kind, value in memory["kinds"].items() if value]
     for phase, what in (("decode", "a token of each row"), ("prefill", "a part of each prompt")):
         if (one := found[phase]) is None:

@@ -12,7 +12,7 @@ import jax
 from jaxllm import tree
 from jaxllm.model.build import active_parameters
 from jaxllm.plan.bounds import ASSUMED, Bound, compute_bound, kernels_flops, memory_bound, network_bounds, seconds_of
-from jaxllm.plan.compiled import Compiled, compile_for, memory_of, needed
+from jaxllm.plan.compiled import Compiled, compile_for, memory_of, needed, share_of
 from jaxllm.plan.estimate import KINDS, Held, held_by, logits_bytes
 from jaxllm.plan.fits import advice
 from jaxllm.plan.prices import Prices
@@ -120,6 +120,7 @@ def _memory(step: Step, held: Held, compiled: Compiled | None, capacity, target:
         "kinds": kinds,
         "total": total,
         "capacity": capacity,
+        "capacity_how": share_of(target),
         "fits": capacity is None or not (compiled and program is None or total > capacity),
         "source": "the compiled program" if memory else "the compiler's refusal" if compiled else "formulas",
         "moment": held.moment,

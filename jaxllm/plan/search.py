@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxllm.errors import ResourceError, SettingsError
 from jaxllm.plan.bounds import compute_bound, memory_bound, network_bounds
-from jaxllm.plan.compiled import memory_of
+from jaxllm.plan.compiled import memory_of, share_of
 from jaxllm.plan.estimate import KINDS, Held, held_by
 from jaxllm.plan.fits import smallest_slice
 from jaxllm.plan.plan import plan, speed_of
@@ -110,6 +110,7 @@ def search(
         "topology": {"name": target.name, "chips": target.chips, "slices": target.slices},
         "assumed": [text for text in assumed if text.partition("=")[0] not in ("model.dtype", "model.remat")],
         "fixed": sorted(fixed & VARIED),
+        "capacity_how": share_of(target),
         "candidates": len(found),
         "ranked": [row for row in ranked if row["refused"] is None],
         "refused": [row for row in ranked if row["refused"]] + [_row(one) for one in found if one.refused],
@@ -272,6 +273,8 @@ def show(found: dict[str, Any], most: int = 10) -> str:
     """The dict of `search` as a table, and why the others do not fit."""
     where = found["topology"]
     lines = [f"{where['name']}: {where['chips']:,} chips; {len(found['ranked']):,} of {found['candidates']:,} fit"]
+    if found["capacity_how"]:
+        lines.append(found["capacity_how"])
     if found["assumed"]:
         lines.append(f"a model by itself; assumed: {', '.join(found['assumed'])}")
     if found["fixed"]:

@@ -53,6 +53,8 @@ def _memory(found) -> str:
     total, capacity = memory["total"], memory["capacity"]
     of = f" of {size(capacity)}, {total / capacity:.0%}" if capacity else ""
     lines = [f"memory of a device, by {memory['source']}: {size(total)}{of}" + " (too much)" * (not memory["fits"])]
+    if memory["capacity_how"]:
+        lines.append(f"  ({memory['capacity_how']})")
     for kind, value in memory["kinds"].items():
         if value:
             lines.append(f"  {NAMES[kind]:<18}{size(value):>12}")

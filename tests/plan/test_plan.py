@@ -46,6 +46,7 @@ SCHEMA = holds(
                 "kinds": holds({kind: NUMBER for kind in KINDS}),
                 "total": NUMBER,
                 "capacity": NUMBER,
+                "capacity_how": {"type": ["string", "null"]},
                 "fits": {"type": "boolean"},
                 "source": TEXT,
                 "moment": {"enum": ["loss", "layer", "embedding"]},
@@ -119,6 +120,15 @@ def test_a_plan_by_formulas_adds_up():
     rules = found["formulas"]
     assert rules["6ND"]["rule"] == 6 * 8_030_261_248 * found["run"]["tokens"]
     assert rules["chinchilla"]["rule"] == 20 * 8_030_261_248
+
+
+@pytest.mark.fast
+def test_a_gpu_has_what_jax_takes_of_its_memory():
+    found = planned("llama", "h100:8")
+    assert found["memory"]["capacity"] == pytest.approx(0.75 * CHIPS["h100"].hbm)
+    assert "of 59.7 GiB" in show(found) and "jax takes 75% of a GPU's memory" in show(found)
+    tpu = planned("llama", "v6e:2x4", compiles=False)
+    assert tpu["memory"]["capacity"] == CHIPS["v6e"].hbm and tpu["memory"]["capacity_how"] is None
 
 
 @pytest.mark.fast
