@@ -360,7 +360,23 @@ def make_sharding(config: ParallelConfig | None = None, devices=None) -> Shardin
         for name in _tuple(target):
             if name not in MESH_AXES:
                 raise SettingsError(f"parallel.rules.{axis}: unknown mesh axis {name}{nearest(name, MESH_AXES)}")
+    _check_fixed(config, dict(zip(MESH_AXES, sizes, strict=True)))
     return Sharding(mesh, tuple((RULES | config.rules).items()))
+
+
+def _check_fixed(config: ParallelConfig, sizes: dict[str, int]) -> None:
+    """Rows, positions and experts travel by code that knows their axes: other rules would give wrong numbers."""
+    for axis in ("batch", "seq", "expert"):
+        asked, wanted = (
+            tuple(name for name in _tuple(rules.get(axis, RULES[axis])) if sizes[name] > 1)
+            for rules in (config.rules, RULES)
+        )
+        if asked != wanted and not (axis == "seq" and not asked):
+            sizes_asked = " ".join(f"parallel.{name}=1" for name in dict.fromkeys((*asked, *wanted)))
+            raise SettingsError(
+                f"parallel.rules.{axis}={config.rules[axis]!r}: {axis} is split over {_tuple(RULES[axis])} and no "
+                f"other axes; leave the rule out, and choose the sizes instead ({sizes_asked})"
+            )
 
 
 def _sizes(config: ParallelConfig, n: int) -> tuple[int, ...]:

@@ -43,6 +43,11 @@ MISFITS = [
     ({"tensor": -1}, r"more than one -1: a size is 1 or more, and one may be -1"),
     ({"rules": {"hed": "tensor"}}, r"parallel.rules: unknown logical axis hed; did you mean head\?"),
     ({"rules": {"head": "tensr"}}, r"parallel.rules.head: unknown mesh axis tensr; did you mean tensor\?"),
+    (
+        {"expert": 2, "rules": {"expert": None}},
+        r"parallel.rules.expert=None: expert is split over \('expert',\)",
+    ),
+    ({"context": 2, "rules": {"batch": ["data", "context"]}}, r"parallel.rules.batch=.*leave the rule out"),
     ({"rules": {"head": ["tensor", "fsd"]}}, r"parallel.rules.head: unknown mesh axis fsd; did you mean fsdp\?"),
 ]
 
