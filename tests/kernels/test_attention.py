@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from jaxllm.kernels.attention import Form, PerHead, Where, attention
+from jaxllm.sharding import ParallelConfig, make_sharding
 
 H = 8
 #: T, query heads, kv heads, window, softcap, ALiBi, sinks, packed
@@ -122,3 +123,12 @@ def test_a_query_that_sees_nothing_gives_numbers(kind):
     where = Where(jnp.full((2, 5), -1), jnp.full((2, 5), -1))
     out, gradients = output_and_gradients(args, jnp.zeros_like(do), slopes, where, Form(1.0), kind)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((out, gradients)))
+
+
+def test_a_forced_kernel_gives_way_where_rows_are_split_and_no_step_runs():
+    """Self-checks look at whole rows from outside; the step's own kernel needs a device's part of them."""
+    (q, k, v, _), _, _, where = inputs(8, 2, 1, False, False, False)
+    sharding = make_sharding(ParallelConfig(fsdp=4, context=2))
+    form = Form(0.7, None, None)
+    out = attention(q, k, v, form, where, kind="blockwise", sharding=sharding)
+    np.testing.assert_array_equal(out, attention(q, k, v, form, where, kind="reference"))
