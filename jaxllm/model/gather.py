@@ -28,7 +28,7 @@ class Gather:
     places: dict[str, tuple[tuple[str, ...], ...]]
     """`{path: axes for each dimension}`, without the dimension of stacked layers."""
     matrices: frozenset[str]
-    """Paths of plain matrices: they are gathered in the compute dtype, everything else as it is."""
+    """Paths of matrices that products take in the compute dtype: they are gathered in it, everything else as it is."""
 
     def layer(self, where: tuple[str, ...], weights: Any, x_BTD: jax.Array) -> Any:
         """The weights of one layer that reads `x_BTD`, whose paths begin with `where`."""
@@ -75,12 +75,13 @@ class Gather:
 def make_gather(sharding: Sharding, abstract, axes, plain: Collection[str]) -> Gather:
     """What `Model.abstract` and `Model.axes` say of each array, for code that sees its own part over `sharding.manual`.
 
-    `plain`: paths of weights; an array by such a path is the weight itself and no part of another type. Axes that split
-    experts stay: their tokens come to them.
+    `plain`: paths of weights; an array by such a path is the weight itself and no part of another type. What lies under
+    an adapter goes as if it were plain, but for tables, whose rows the adapter reads in float32, and under DoRA, whose
+    norms are of float32, as is what trains rounded. Axes that split experts stay: their tokens come to them.
     """
-    names = tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
+    names, leaves = tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple)), tree.flatten(abstract)
     places, matrices = {}, set()
-    for path, leaf in tree.flatten(abstract).items():
+    for path, leaf in leaves.items():
         stacked = bool(names[path]) and names[path][0] == "layers"
         split, here = (*leaf.sharding.spec, *[None] * leaf.ndim)[stacked : leaf.ndim], names[path][stacked:]
         apart = tuple(
@@ -89,7 +90,9 @@ def make_gather(sharding: Sharding, abstract, axes, plain: Collection[str]) -> G
         )
         if any(apart):
             places[path] = apart
-            if path in plain and _is_matrix(here):
+            owner = path.removesuffix("/base")
+            adapted = owner != path and owner in plain and f"{owner}/lora_magnitude" not in leaves
+            if (path in plain and _is_matrix(here)) or (adapted and is_linear_map(here)):
                 matrices.add(path)
     return Gather(sharding, places, frozenset(matrices))
 

@@ -219,3 +219,22 @@ def test_experts_of_other_types_equal_one_device(kind):
     expected = changed_experts(on({"data": 1}), *changes[kind])
     assert any("moe/up" in path for path in expected[1])
     check(changed_experts(on({"expert": 2}), *changes[kind]), expected)
+
+
+@pytest.mark.parametrize("kind, dtype", [("lora", "bfloat16"), ("dora", "float32")])
+def test_weights_under_adapters_travel_as_products_take_them(kind, dtype, monkeypatch):
+    """In the compute dtype; under DoRA in float32, of which its norms are."""
+    sharding = on({"fsdp": 2})
+    plain = build(tiny.config(vocab_multiple=8, dtype="bfloat16"), sharding, tiny.Kernels(unroll=0))
+    model = after(plain, (Change(lora=LoraConfig(rank=4, kind=kind)),))
+    tx, sent, whole = optax.sgd(1.0), [], type(sharding).gather
+
+    def gather(self, x, axis, dim):
+        sent.append(x)
+        return whole(self, x, axis, dim)
+
+    monkeypatch.setattr(type(sharding), "gather", gather)
+    options = dict(trainable=TRAINABLE)
+    jax.eval_shape(make_train_step(model, lm, tx, **options), abstract_state(model, tx, **options), BATCH)
+    ups = [x for x in sent if x.shape == (16, 48)]  # embed / 2, ffw: no array of an adapter has this shape
+    assert ups and {str(x.dtype) for x in ups} == {dtype}
