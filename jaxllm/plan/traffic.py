@@ -36,14 +36,29 @@ def flows_of(step: Step, platform: str, slices: int = 1) -> list[Flow]:
     """The traffic of a step, largest first."""
     found: dict[tuple, float] = {}
     for kind, axes, payload in (*_weights(step, platform), *_sums(step), *_rows(step, platform)):
-        sizes = step.sharding.mesh.shape
-        crosses = OUTER in axes and slices > 1
-        # The slow network joins slices alone; within them the rest of the axis has been summed before.
-        group = slices if crosses else math.prod(sizes[axis] for axis in axes)
-        key = kind, axes, group, "dcn" if crosses else "ici"
-        found[key] = found.get(key, 0.0) + wire(kind, payload, group)
+        group = math.prod(step.sharding.mesh.shape[axis] for axis in axes)
+        for part in _parts(kind, payload, group, slices if OUTER in axes else 1):
+            key = part[0], axes, *part[2:]
+            found[key] = found.get(key, 0.0) + wire(part[0], *part[1:3])
     flows = [Flow(kind, axes, group, bytes_, network) for (kind, axes, group, network), bytes_ in found.items()]
     return sorted((flow for flow in flows if flow.wire_bytes), key=lambda flow: -flow.wire_bytes)
+
+
+def _parts(kind: str, payload: float, group: int, slices: int) -> list[tuple[str, float, int, str]]:
+    """`(kind, payload, group, network)` of what a collective of a group that lies in so many slices is made of.
+
+    The slow network joins slices alone: a sum is scattered within each, summed over slices by parts, and gathered.
+    """
+    if slices == 1:
+        return [(kind, payload, group, "ici")]
+    inside = group // slices
+    if kind != "all-reduce" or inside == 1:
+        return [(kind, payload, slices, "dcn")]
+    return [
+        ("reduce-scatter", payload, inside, "ici"),
+        (kind, payload / inside, slices, "dcn"),
+        ("all-gather", payload, inside, "ici"),
+    ]
 
 
 def _weights(step: Step, platform: str) -> Iterator[tuple[str, tuple[str, ...], float]]:

@@ -319,6 +319,17 @@ def test_replicas_are_split_over_slices():
 
 
 @pytest.mark.fast
+def test_a_sum_over_slices_is_scattered_within_each_first():
+    """Four replicas in two slices: each device sends half of the gradient it holds to its slice, and half across."""
+    step, target = plans.described("llama3.1-8b", "v5e:2x2", "parallel.data=4", "train.batch=8", slices=2)
+    parts = {(flow.kind, flow.network): flow for flow in flows_of(step, "tpu", 2) if flow.axes == ("data",)}
+    gradient = 4 * 8_030_261_248 / 2
+    assert set(parts) == {("reduce-scatter", "ici"), ("all-reduce", "dcn"), ("all-gather", "ici")}
+    for flow in parts.values():
+        assert flow.wire_bytes == pytest.approx(gradient / 2, rel=0.01) and flow.group == 2
+
+
+@pytest.mark.fast
 def test_links_by_the_torus_and_the_node():
     """Of v5p's six links a line of four has two, a plane four, a cube all; a slice without rings half of them."""
     cube, small = parse_target("v5p:4x4x8"), parse_target("v5p:2x2x2")

@@ -78,6 +78,26 @@ def test_two_slices(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_replicas_in_two_slices_send_is_what_formulas_say(tmp_path):
+    words = ("--slices", "2", "parallel.data=4")
+    found, _ = planned(tmp_path, "v5e:2x2", *words)
+    by_formulas, _ = planned(tmp_path, "v5e:2x2", *words, "--no-compile")
+    sent = [
+        {
+            (kind, network): sum(
+                row["wire_bytes"]
+                for row in one["network"]
+                if (row["kind"], row["network"]) == (kind, network) and row["axes"] == ["data"]
+            )
+            for kind, network in (("reduce-scatter", "ici"), ("all-reduce", "dcn"), ("all-gather", "ici"))
+        }
+        for one in (found, by_formulas)
+    ]
+    for part, bytes_ in sent[0].items():
+        assert bytes_ > 1e6 and sent[1][part] == pytest.approx(bytes_, rel=0.05)
+
+
+@pytest.mark.slow
 def test_what_the_compiler_finds_too_large(tmp_path):
     """The estimate is near enough to compile, and the compiler says how much it would be."""
     words = ["train.batch=48", "model.remat=none"]
