@@ -175,18 +175,29 @@ def is_fast(environ) -> bool:
     return all(f"{key}={value}" in environ.get(launch.TUNABLES, "") for key, value in launch.FAST_TUNABLES.items())
 
 
+MARK = "peak of the process: "
+#: Prints the peak of a command too. Linux counts for a process what its parent had: so a small one starts it.
+MEASURED = f"""
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+sys.stdout.flush()
+print("{MARK}" + str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss), end="")
+sys.exit(code)
+"""
+
+
 def _run(command: Sequence[str], environ: dict[str, str]) -> tuple[str, float]:
     """What a command prints, and its peak memory in MB."""
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environ, cwd=folder)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        text = out.read()
-    if process.returncode:
+    with tempfile.TemporaryDirectory() as folder:
+        small = [sys.executable, "-c", MEASURED, *command]
+        done = subprocess.run(
+            small, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environ, cwd=folder, text=True
+        )
+    text, _, peak = done.stdout.rpartition(MARK)
+    if done.returncode:
         last = " ".join(text.strip().splitlines()[-3:])
-        raise ResourceError(f"{' '.join(map(str, command))}: exit code {process.returncode}: {last[-1000:]}")
-    return text, usage.ru_maxrss * 1024 / 1e6
+        raise ResourceError(f"{' '.join(map(str, command))}: exit code {done.returncode}: {last[-1000:]}")
+    return text, int(peak) * 1024 / 1e6
 
 
 def _environ(xla: bool) -> dict[str, str]:

@@ -527,6 +527,29 @@ def test_a_signal_sets_the_flag_and_a_second_one_exits(number):
     assert "once more to exit at once" in gentle.stderr.read()
 
 
+#: Minutes within one call into C, as a compilation is: no handler of Python's runs meanwhile.
+BUSY = """
+import hashlib
+with Preemption(idle=sys.argv[1] == "idle", exit_code=3) as preemption:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+@pytest.mark.parametrize("idle", ["idle", "at work"])
+def test_a_compiler_does_not_hold_signals_up(idle):
+    """With nothing new to save the first signal exits, else the second one: at once, not after minutes."""
+    process = run(BUSY, idle)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    if idle == "at work":
+        assert [process.stderr.readline(), process.stderr.readline()][1].startswith("SIGTERM: saving after this step")
+        process.send_signal(signal.SIGTERM)
+    code = process.wait(20)
+    assert code == (3 if idle == "idle" else 128 + signal.SIGTERM)
+    assert ("nothing new to save" in process.stderr.read()) == (idle == "idle")
+
+
 def test_preemption_gives_the_handlers_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with Preemption() as preemption:

@@ -56,11 +56,13 @@ def _write(folder: epath.Path, body: dict) -> None:
 def read(folder: epath.Path) -> dict:
     """The manifest of a step. Raises Damaged, and CheckpointError for a format that this version does not know."""
     try:
-        body = json.loads((folder / NAME).read_text())
+        text = (folder / NAME).read_text()
+        body = json.loads(text)
         stored = body.pop("crc32")
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise Damaged(f"{NAME} is unreadable ({type(error).__name__})") from None
-    if stored != _crc(body):
+    # A flipped bit may also change nothing that is read, such as 1e-05 to 1E-05.
+    if stored != _crc(body) or text != json.dumps({"crc32": stored, **body}):
         raise Damaged(f"{NAME} does not match its own checksum")
     if body.get("format") != FORMAT:
         raise CheckpointError(

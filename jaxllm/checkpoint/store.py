@@ -9,8 +9,12 @@ twice.
 
 import contextlib
 import logging
+import os
+import re
 import shutil
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import humanize
@@ -62,16 +66,18 @@ class Checkpoints:
     """The checkpoints in `folder` (local or `gs://`), for the one run that writes there; every process makes one.
 
     The first save makes the folder; unfinished saves of an earlier process are removed on construction. `failed` says
-    why the last save failed, or is None. Use it as a context manager, or `close` it: a save in flight ends there.
+    why the last save failed, or is None. `on_saved` is called in the first process once a step is saved. Use it as a
+    context manager, or `close` it: a save in flight ends there.
     Raises CheckpointError, also on the first save, where another run writes into a local folder.
     """
 
-    def __init__(self, folder, config: CheckpointConfig | None = None):
-        self.folder, self.config = absolute(folder), config or CheckpointConfig()
+    def __init__(self, folder, config: CheckpointConfig | None = None, *, on_saved: Callable[[], None] = lambda: None):
+        self.folder, self.config, self.on_saved = absolute(folder), config or CheckpointConfig(), on_saved
         self.failed: str | None = None
         self._finishing: threading.Thread | None = None
         self._current: int | None = None  # the step that memory and disk have in common
         self._saves = self._need = 0
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._quiet
         self._barrier = ocp.multihost.get_barrier_sync_fn()
         # Zstd on float weights takes four times the CPU time to save 8 % of the space.
         handler = ocp.CompositeCheckpointHandler(
@@ -175,6 +181,8 @@ class Checkpoints:
         """Waits, and frees orbax's threads and the folder."""
         self.wait()
         self._orbax.close()
+        if sys.unraisablehook == self._quiet and not self.failed:  # else its last writes are still to end
+            sys.unraisablehook = self._hook
         if self._lock is not None:
             self._lock.release()
 
@@ -185,6 +193,7 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if _primary():
                 manifest.seal(folder, body)
+                self.on_saved()
                 self._marker(step).unlink()
                 self._losses[step] = body["loss"]
                 self._retain()
@@ -219,6 +228,8 @@ class Checkpoints:
 
     def _fail(self, step: int, error: Exception) -> None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's: the rest is about its database
+            reason = os.strerror(int(code[1]))
         reason = reason if len(reason) <= REASON or isinstance(error, ResourceError) else "..." + reason[-REASON:]
         if manifest.is_local(self.folder) and not isinstance(error, ResourceError):
             reason += f"; it needs {_size(self._need)}, {_size(_free(self.folder))} are free"
@@ -228,6 +239,12 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 (self.folder / str(step)).rmtree(missing_ok=True)
                 self._marker(step).unlink(missing_ok=True)
+
+    def _quiet(self, found) -> None:
+        """Python shows errors that nobody can catch: not those of writes that end after the save that they fail."""
+        late = isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)
+        if not (late and self._saves):
+            self._hook(found)
 
     def _open(self) -> None:
         """Takes the folder, where there is one, before anything in it is touched."""
@@ -288,10 +305,12 @@ class Checkpoints:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """False for orbax's own account of a failed save: three tracebacks of what `_fail` says in a line."""
-    return not (record.exc_info and "orbax" in record.pathname) or log.isEnabledFor(logging.DEBUG)
+    of_a_save = "orbax" in record.pathname or "orbax" in record.getMessage()
+    return not (record.exc_info and of_a_save) or log.isEnabledFor(logging.DEBUG)
 
 
-logging.getLogger("absl").addFilter(_is_news)
+for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_is_news)
 
 
 def check_space(folder, need: int, what: str = "a checkpoint") -> None:

@@ -17,6 +17,7 @@ from jaxllm.cli.models import add_eval, add_export, add_info, add_parity
 from jaxllm.cli.plan import add_plan
 from jaxllm.cli.prune import add_prune
 from jaxllm.cli.training import add_demo, add_distill, add_dpo, add_runs, add_sft, add_train
+from jaxllm.cli.verify import add_verify
 from jaxllm.errors import UserError
 
 __all__ = ["EXAMPLES", "main", "parse", "parser"]
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Programs compiled once are found again by the next run.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxllm/xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("jaxllm").setLevel(logging.DEBUG if args.debug else logging.INFO)
     if (level := getattr(args, "launch", None)) and not getattr(args, "print_config", False):
@@ -110,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     add_prune(verbs)
     add_merge(verbs)
     add_parity(verbs)
+    add_verify(verbs)
     return top
 
 

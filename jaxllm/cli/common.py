@@ -35,6 +35,7 @@ EXAMPLES = {
     "prune": "jaxllm prune runs/demo --sparsity 0.5 --method wanda --calibrate notes.txt --out runs/demo-sparse",
     "merge": "jaxllm merge models/llama --adapter adapters/mine --to hf --out models/llama-mine",
     "parity": "jaxllm parity models/gemma-3-270m",
+    "verify": "jaxllm verify --json reliability.json",
 }
 
 

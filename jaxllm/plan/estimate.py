@@ -222,8 +222,9 @@ def layer_bytes(step: Step, platform: str) -> float:
     """Activations that the widest layer holds in its backward pass."""
     config, ffw = step.model.config, ways(step.sharding, ("ffw",))
     adapters = any("/lora_" in path for path in tree.flatten(step.model.abstract))  # they have outputs of their own
+    laid_out = 3 if platform == "cpu" else 2  # loops over blocks give the gradients by gate and by up apart
     held = [
-        (DEEP + adapters + 2 * _laid_out(step, spec, platform)) * config.embed
+        (DEEP + adapters + laid_out * _laid_out(step, spec, platform)) * config.embed
         + (WIDE + adapters) * _width(step, spec, platform) / ffw
         for spec in config.layer_specs
     ]

@@ -147,13 +147,14 @@ def root(computation: Computation) -> Instruction:
 
 
 # Trip counts. A scalar is an expression over the loop's state: ("constant", 4), ("state", 2) for element 2 of the
-# tuple that the loop carries, ("add", a, b), ("compare", "LT", a, b), or None for anything else.
+# tuple that the loop carries, ("add", a, b), ("compare", "LT", a, b), ("most", 4) for the smaller of 4 and something
+# that is not known, or None for anything else.
 
 _THROUGH = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape", "optimization-barrier")
 
 
 def trip_count(module: Module, within: Computation, loop: Instruction, known: Mapping[int, int]) -> int | None:
-    """How often the body of `loop` runs, None where it is not a constant.
+    """How often the body of `loop` runs, None where it is not a constant; at most, where data may end it earlier.
 
     `within` is the computation where the loop stands; `known`: elements of that computation's own state that are
     constant in every round.
@@ -164,7 +165,7 @@ def trip_count(module: Module, within: Computation, loop: Instruction, known: Ma
     if not test or test[0] != "compare":
         return None
     first, _, step = _variable(module, within, loop, test[2], known)
-    limit = _variable(module, within, loop, test[3], known)
+    limit = _variable(module, within, loop, test[3], known, most=True)
     if first is None or limit[0] is None or limit[2] not in (0, None) or not step:
         return None
     return _rounds(test[1], first, limit[0], step)
@@ -179,8 +180,11 @@ def _rounds(direction: str, first: int, limit: int, step: int) -> int | None:
     return max(0, math.floor(rounds) + 1 if direction in ("LE", "GE") else math.ceil(rounds))
 
 
-def _variable(module, within, loop, symbol, known) -> tuple[int | None, int | None, int | None]:
-    """`(value before the loop, element of the state, what a round adds)` of a symbol in the condition."""
+def _variable(module, within, loop, symbol, known, most=False) -> tuple[int | None, int | None, int | None]:
+    """`(value before the loop, element of the state, what a round adds)` of a symbol in the condition.
+
+    most: the value may be an upper bound.
+    """
     if symbol and symbol[0] == "constant":
         return symbol[1], None, 0
     if not symbol or symbol[0] != "state":
@@ -193,6 +197,8 @@ def _variable(module, within, loop, symbol, known) -> tuple[int | None, int | No
         step = other[1] if other[0] == "constant" else None
     before = _element(module, within, loop.operands[0], index)
     value = None
+    if before and before[0] == "most" and most:
+        value = before[1]
     if before and before[0] in ("constant", "state"):
         value = before[1] if before[0] == "constant" else known.get(before[1])
     return value, index, step
@@ -245,6 +251,10 @@ def expression(module: Module, within: Computation, name: str, inputs: tuple | N
         inside = module.computations[called[0]]
         given = tuple(expression(module, within, operand, inputs) for operand in made.operands)
         return expression(module, inside, root(inside).name, given)
+    if made.op == "minimum":
+        sides = [expression(module, within, operand, inputs) for operand in made.operands]
+        bounds = [side[1] for side in sides if side and side[0] in ("constant", "most")]
+        return ("most", min(bounds)) if bounds else None
     if made.op in ("add", "subtract", "compare"):
         left, right = (expression(module, within, operand, inputs) for operand in made.operands)
         if left is None or right is None:

@@ -4,6 +4,7 @@ settings.yaml    the resolved settings            metrics.jsonl   a line for eac
 tokenizer/       the tokenizer the run uses       loss.png        the loss curve
 checkpoints/     one folder for each saved step   card.md         the run card
 summary.json     the result                       .lock           held by the process that trains here
+.unsaved         there until the first step is saved
 """
 
 from pathlib import Path
@@ -36,7 +37,7 @@ class RunFolder:
         self.settings, self.metrics = self.path / "settings.yaml", self.path / "metrics.jsonl"
         self.tokenizer_dir, self.summary = self.path / "tokenizer", self.path / "summary.json"
         self.checkpoints = epath.Path(config.checkpoint.folder or self.path / "checkpoints")
-        self._lock = Lock(self.path, ELSEWHERE)
+        self._lock, self._unsaved = Lock(self.path, ELSEWHERE), self.path / ".unsaved"
         self.resumed: bool = first_says(self._recognise)
 
     def _recognise(self) -> bool:
@@ -68,7 +69,7 @@ class RunFolder:
 
     def refuse_to_start_over(self) -> None:
         """Raises CheckpointError where there is no checkpoint, but a run that must have had one."""
-        if not self.settings.exists():
+        if not self.settings.exists() or self._unsaved.exists():
             return
         steps = [row["step"] for row in read_jsonl(self.metrics)] if self.metrics.exists() else []
         every = saved(settings_of.read_yaml(self.settings), str(self.settings)).checkpoint.every
@@ -77,6 +78,10 @@ class RunFolder:
                 f"{self.path} has been trained for {max(steps, default=0)} steps, but {self.checkpoints} holds no "
                 f"checkpoint; put them back, or {ELSEWHERE}"
             )
+
+    def saved(self) -> None:
+        """The run has a checkpoint now: one that is gone later is missed."""
+        self._unsaved.unlink(missing_ok=True)
 
     def lock(self) -> None:
         """Takes the folder for this process until `unlock` or its end.
@@ -119,6 +124,7 @@ class RunFolder:
             tokenizer.save(self.tokenizer_dir)
             if self.config.checkpoint.folder is not None:  # so that the weights can be used without the run folder
                 tokenizer.save(self.checkpoints / "tokenizer")
+            self._unsaved.touch()
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(self.settings)
         except OSError as error:

@@ -97,8 +97,10 @@ class Trainer:
 
     def run(self) -> Result:
         """All stages, from the step that was saved last. Raises TrainingStopped when the run cannot go on."""
-        with Checkpoints(self.folder.checkpoints, self.config.checkpoint) as self.checkpoints:
-            with Preemption() as self.preemption, self.trace:
+        saves = Checkpoints(self.folder.checkpoints, self.config.checkpoint, on_saved=self.folder.saved)
+        with saves as self.checkpoints:
+            stops = Preemption(idle=True, exit_code=self.config.checkpoint.preempted_exit_code)
+            with stops as self.preemption, self.trace:
                 started, state = time.monotonic(), self.start()
                 for index, stage in enumerate(self.stages):
                     if self.status == "finished" and int(state.step) < self.first_step(index) + stage.steps:
@@ -178,6 +180,7 @@ class Trainer:
             self.recorder.meter.skip()
             for step in range(int(state.step) + 1, end + 1):
                 self.trace.before(step)
+                self.preemption.begin()
                 state, metrics = step_fn(state, batch)
                 while checks:
                     self.say_checked(checks.pop().check(state.params))

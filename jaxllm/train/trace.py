@@ -11,6 +11,7 @@ class Trace:
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, say: Callable[[str], None]):
         self.steps, self.folder, self.say, self.running = steps or (0, -1), folder, say, False
+        self.late = steps is not None  # until the first step that is run
 
     def __enter__(self):
         return self
@@ -20,6 +21,9 @@ class Trace:
 
     def before(self, step: int) -> None:
         """Call before a step is dispatched."""
+        if self.late and step > self.steps[1]:
+            self.say(f"profile.steps={self.steps[0]}-{self.steps[1]} lies before step {step}, where this run goes on")
+        self.late = False
         if not self.running and self.steps[0] <= step <= self.steps[1]:
             jax.profiler.start_trace(str(self.folder))
             self.running = True

@@ -1,0 +1,35 @@
+"""The verb that runs the reliability scorecard."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from jaxllm.cli.common import new_verb
+
+
+def add_verify(verbs):
+    verb = new_verb(verbs, "verify", "whether runs on this machine lose nothing: the reliability scorecard", verify)
+    verb.add_argument("rows", nargs="*", type=int, metavar="ROW", help="numbers of the rows to run (default: all)")
+    verb.add_argument("--long", action="store_true", help="many more cases: hours instead of minutes")
+    verb.add_argument("--seed", type=int, default=0, help="of the instants, cuts and faults (default 0)")
+    verb.add_argument("--run", metavar="RUN.yaml", help="settings of your own run, instead of a small one")
+    verb.add_argument("--json", metavar="FILE", help="write what was found")
+    verb.add_argument("--page", metavar="FILE.md", help="write it as a page")
+
+
+def verify(args) -> int:
+    from jaxllm.verify.lab import Lab
+    from jaxllm.verify.page import page
+    from jaxllm.verify.scorecard import chosen, run
+
+    rows = chosen(args.rows)
+    with tempfile.TemporaryDirectory(prefix="jaxllm-verify-") as folder:
+        lab = Lab(Path(folder), seed=args.seed, long=args.long, run_file=args.run)
+        found = run(rows, lab)
+    passed = sum(row["passed"] for row in found["rows"])
+    print(f"{passed} of {len(found['rows'])} rows hold")
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    if args.page:
+        Path(args.page).write_text(page(found))
+    return 0 if passed == len(found["rows"]) else 1

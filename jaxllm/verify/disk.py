@@ -1,0 +1,68 @@
+"""Row 4: a disk that is full for a while, or to the end. A limit on the size of files stands in for it."""
+
+import re
+import resource
+import time
+from pathlib import Path
+
+from jaxllm.errors import UserError
+from jaxllm.verify.kills import PATIENCE
+from jaxllm.verify.lab import Found, Lab, differences, leftovers
+
+#: Bytes of a file at most: enough for metrics and figures, too few for the weights of MODEL.
+LIMIT = 150_000
+MODEL = {"embed": 128, "layers": 2, "context": 64}
+STEPS = 60
+
+
+def full(lab: Lab) -> Found:
+    """Older steps stay whole, training goes on and says so, and the next save works once there is space."""
+    changes = {"train__steps": STEPS, "model__embed": MODEL["embed"], "checkpoint__keep": 100}
+    whole, failures = lab.folder / "whole", []
+    lab.train(lab.settings(whole, **changes))
+    for name, recovers in (("for a while", True), ("to the end", False)):
+        out = lab.folder / ("recovers" if recovers else "stays")
+        settings = lab.settings(out, **changes)
+        problems = _run(lab, settings, out, recovers)
+        if not problems:
+            lab.train(settings)
+            problems = differences(whole, out) + [f"left behind: {text}" for text in leftovers(out)]
+        failures += [f"full {name}: {text}" for text in problems[:3]]
+    return Found(2, tuple(failures), "for a while and to the end: older steps whole, training went on, said in a line")
+
+
+def _run(lab: Lab, settings: Path, out: Path, recovers: bool) -> list[str]:
+    with lab.started(settings) as process:
+        _until(process, lambda: _steps(out))
+        before = _steps(out)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
+        _until(process, lambda: "was not saved in" in process.said())
+        if recovers:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        code, text = process.wait(PATIENCE), process.said()
+    problems = []
+    if not re.search(rf"step \d+ was not saved in {re.escape(str(out))}\S*: .*needs .*are free", text):
+        problems.append(f"the message lacks path, need or have: {text[-400:]}")
+    if "Traceback" in text:
+        problems.append("a traceback instead of a line")
+    if missing := before - _steps(out):
+        problems.append(f"older steps are gone: {sorted(missing)}")
+    if recovers and code:
+        problems.append(f"exit code {code} though the last save worked: {text[-300:]}")
+    if recovers and STEPS not in _steps(out):
+        problems.append("no save worked once there was space")
+    if not recovers and code == 0:
+        problems.append("exit code 0 though the last save failed")
+    return problems
+
+
+def _steps(out: Path) -> set[int]:
+    return {int(path.parent.name) for path in (out / "checkpoints").glob("*/manifest.json")}
+
+
+def _until(process, reached) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not reached():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise UserError(f"the run ended too early: {process.said()[-500:]}")
+        time.sleep(0.002)

@@ -1,0 +1,32 @@
+"""The scorecard as a page of the docs, from what `jaxllm verify --json` wrote."""
+
+from typing import Any
+
+from jaxllm.verify.scorecard import ROWS
+
+HEAD = """# Reliability
+
+What jaxllm promises about runs, checkpoints and data, and what was found when it was tried. `jaxllm verify` tries it on
+your machine; a plant for each check, in `tests/verify`, shows that it can fail. This page is written by
+`scripts/scorecard.sh`.
+
+{when}
+
+| # | property | found | |
+|---|---|---|---|
+"""
+
+
+def page(found: dict[str, Any]) -> str:
+    """Markdown. `found`: what `scorecard.run` gives."""
+    promises = {row.number: row for row in ROWS}
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    when = f"{found['tier'].capitalize()} tier, seed {found['seed']}, {found['date']}, {found['machine']}: {versions}."
+    out = HEAD.format(when=when)
+    for row in found["rows"]:
+        failures = "; ".join(row["failures"][:3])
+        result = "holds" if row["passed"] else f"**does not hold**: {failures}"
+        out += f"| {row['row']} | {promises[row['row']].promise} | {row['figure']} | {result} |\n"
+    out += "\n## What this cannot show on one machine\n\n"
+    limits = [f"- {row.name}: {row.limits}" for row in ROWS if row.limits]
+    return out + "\n".join(limits) + "\n"

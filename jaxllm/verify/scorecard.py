@@ -1,0 +1,156 @@
+"""The rows of the scorecard, and running them.
+
+A row is a property with a check. A check gets a `Lab` (a scratch folder, a seed, a tier) and says how many cases it
+tried and which of them failed. What a check must notice is planted by its test in `tests/verify`.
+"""
+
+import dataclasses
+import datetime
+import platform
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxllm.errors import SettingsError
+from jaxllm.verify.lab import Found, Lab
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One property of the scorecard."""
+
+    number: int
+    name: str
+    promise: str
+    """What has to be so, in a sentence."""
+    check: str
+    """`module:function` in this package; loaded when the row is run."""
+    limits: str = ""
+    """What it cannot show on one machine."""
+
+    def load(self) -> Callable[[Lab], Found]:
+        import importlib
+
+        module, _, function = self.check.partition(":")
+        return getattr(importlib.import_module(f"jaxllm.verify.{module}"), function)
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        1,
+        "kill -9",
+        "A run that is killed at random instants, most of them during a save, and started again each time, ends with "
+        "the losses and gradient norms of an uninterrupted one, to the last bit, and leaves nothing behind.",
+        "kills:killed",
+        "A machine that loses power may also lose what its kernel had not yet written. The manifest is synced, and a "
+        "damaged step is noticed (row 5).",
+    ),
+    Row(
+        2,
+        "exit inside a save",
+        "A process that ends at any line of the code that saves and deletes leaves a folder that opens at its last "
+        "commit, with nothing left behind.",
+        "crash:exits",
+    ),
+    Row(
+        3,
+        "SIGTERM",
+        "A run that is told to stop finishes its step, saves it and ends; in its first compilation it ends at once, "
+        "with nothing new to save; a second signal ends it at once. It goes on to the same bits.",
+        "signals:stopped",
+        "The preemption of a real pod, which tells all of its hosts.",
+    ),
+    Row(
+        4,
+        "full disk",
+        "A save that finds no space leaves older steps whole and nothing behind, says need, have and path in a line, "
+        "and costs no step of training; the next one works once there is space. No exit code 0 if the last one failed.",
+        "disk:full",
+        "A limit on the size of files stands in for the disk. Object stores are not tried.",
+    ),
+    Row(
+        5,
+        "damaged checkpoints",
+        "Each file of the newest step truncated, emptied, deleted or with a flipped bit: noticed, said in one line, "
+        "and the step before taken.",
+        "damage:damaged",
+    ),
+    Row(
+        6,
+        "no silent new start",
+        "A run whose checkpoints are damaged or gone, or whose settings differ, is refused and never trained from "
+        "scratch unasked.",
+        "damage:refused",
+    ),
+    Row(
+        8,
+        "place in the data",
+        "A stream cut anywhere goes on with the same global tokens, whoever reads it.",
+        "stream:position",
+        "Files in object stores.",
+    ),
+    Row(
+        11,
+        "typos in settings",
+        "Settings with one wrong letter are refused, and the one that was meant is named.",
+        "typos:typos",
+    ),
+    Row(
+        14,
+        "no code from files",
+        "Nothing that a file holds is run as code, and no path in a file leads out of its folder.",
+        "code:no_code",
+        "The packages that jaxllm stands on are not searched.",
+    ),
+)
+
+
+def chosen(numbers: Sequence[int]) -> list[Row]:
+    """The rows of these numbers, all by default. Raises SettingsError for a number that is none."""
+    known = {row.number: row for row in ROWS}
+    if unknown := [number for number in numbers if number not in known]:
+        raise SettingsError(f"no such row: {unknown[0]}; known: {', '.join(map(str, known))}")
+    return [known[number] for number in numbers] if numbers else list(ROWS)
+
+
+def run(rows: Sequence[Row], lab: Lab) -> dict[str, Any]:
+    """Runs the rows one after the other, shows each as it ends, and gives what `--json` holds.
+
+    A check that raises is a row that failed: its error is the failure.
+    """
+    found = []
+    for row in rows:
+        started = time.monotonic()
+        lab.say(f"{row.number:2}  {row.name} ...")
+        with lab.row(row.number) as own:
+            try:
+                result = row.load()(own)
+            except Exception as error:  # one row that breaks down must not hide the others
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                text = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
+                result = Found(0, (text,), "the check broke down")
+        seconds = time.monotonic() - started
+        found.append({"row": row.number, "name": row.name, "passed": result.passed, "seconds": round(seconds, 1)})
+        found[-1] |= {"cases": result.cases, "figure": result.figure, "failures": list(result.failures[:20])}
+        lab.say(line(found[-1]))
+    return {"rows": found, "tier": "long" if lab.long else "quick", "seed": lab.seed} | facts()
+
+
+def facts() -> dict[str, Any]:
+    """When and with what."""
+    from jaxllm.train.report import versions
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table on the screen."""
+    text = (
+        f"{row['row']:2}  {'ok  ' if row['passed'] else 'FAIL'} {row['name']:28} {row['figure']}  ({row['seconds']} s)"
+    )
+    return "\n".join([text, *(f"      {failure}" for failure in row["failures"][:5])])

@@ -1,0 +1,210 @@
+"""The scorecard: each check sees the fault that is planted for it. That rows hold is for `jaxllm verify` to show."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxllm import checkpoint, cli
+from jaxllm.errors import SettingsError
+from jaxllm.verify import code, crash, damage, disk, kills, scorecard, signals, stream, typos
+from jaxllm.verify.lab import Found, Lab, said
+from jaxllm.verify.page import page
+from jaxllm.verify.scorecard import ROWS, Row
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("verify")
+
+
+@pytest.fixture
+def lab(shared, tmp_path, monkeypatch):
+    """A lab whose text, tokenizer and compiled programs all tests share, with few cases."""
+    (shared / "shared").mkdir(exist_ok=True)
+    monkeypatch.setattr(Lab, "shared", property(lambda self: shared / "shared"))
+    return Lab(tmp_path, say=lambda text: None)
+
+
+def few(monkeypatch, cases: int) -> None:
+    monkeypatch.setattr(Lab, "count", lambda self, quick, long: min(quick, cases))
+
+
+def test_rows_are_numbered_described_and_loadable():
+    assert len({row.number for row in ROWS}) == len(ROWS) and sorted(row.number for row in ROWS) == [
+        row.number for row in ROWS
+    ]
+    for row in ROWS:
+        assert callable(row.load()) and row.promise.endswith(".") and len(row.name) < 29
+    with pytest.raises(SettingsError, match="no such row: 99; known: 1, 2"):
+        scorecard.chosen([99])
+
+
+def test_a_check_that_breaks_down_or_tries_nothing_has_failed(tmp_path):
+    def broken(lab):
+        raise ValueError("no luck")
+
+    class Given(Row):
+        def load(self):
+            return {1: broken, 2: lambda lab: Found(0, (), "nothing"), 3: lambda lab: Found(2, (), "two")}[self.number]
+
+    said = []
+    rows = [Given(n, "a", "b.", "") for n in (1, 2, 3)]
+    found = scorecard.run(rows, Lab(tmp_path, say=said.append))
+    assert [row["passed"] for row in found["rows"]] == [False, False, True]
+    assert found["rows"][0]["failures"][0].startswith("ValueError: no luck (broken, line")
+    assert sum("FAIL" in text for text in said) == 2 and not list(tmp_path.iterdir()), "scratch folders go"
+
+
+def test_the_verb_writes_json_and_a_page_and_says_in_its_exit_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(typos, "NEAREST", 0.5)
+    argv = ["verify", "11", "14", "--json", str(tmp_path / "found.json"), "--page", str(tmp_path / "page.md")]
+    assert cli.main(argv) == 0 and "2 of 2 rows hold" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    text = (tmp_path / "page.md").read_text()
+    assert [row["row"] for row in found["rows"]] == [11, 14] and found["versions"]["jax"] in text
+    assert all(row.limits in text for row in ROWS)
+    found["rows"][0] |= {"passed": False, "failures": ["x was accepted"]}
+    assert "**does not hold**: x was accepted" in page(found)
+    monkeypatch.setattr(typos, "NEAREST", 1.1)
+    assert cli.main(["verify", "11"]) == 1
+
+
+@pytest.mark.slow
+def test_kills_and_a_resume_that_repeats_a_batch(lab, monkeypatch):
+    """Planted: after a kill the run goes on one row too late."""
+    few(monkeypatch, 2)
+    plant = (
+        "import sys; from jaxllm.train import loop; whole = loop.Trainer.loader\n"
+        "loop.Trainer.loader = lambda self, index, done: whole(self, index, done and done + 1)\n"
+        "from jaxllm.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    monkeypatch.setattr(Lab, "command", property(lambda self: ["-c", plant]))
+    found = kills.killed(lab)
+    assert any(re.match(r"step \d+: ", text) for text in found.failures), found
+
+
+def test_exits_inside_a_save_and_a_marker_that_stays(lab, monkeypatch):
+    few(monkeypatch, 6)
+    found = crash.exits(Lab(made(lab, "a"), say=lab.say))
+    assert found.passed and found.cases == 6, found.failures
+    # Planted: what a killed process was writing is not cleared.
+    monkeypatch.setattr(checkpoint.Checkpoints, "_remove_unfinished", lambda self: None)
+    found = crash.exits(Lab(made(lab, "b"), say=lab.say))
+    assert any("left behind: 2.unfinished" in text for text in found.failures), found
+
+
+def made(lab: Lab, name: str) -> Path:
+    (lab.folder / name).mkdir()
+    return lab.folder / name
+
+
+def test_damage_and_a_check_that_looks_at_sizes_alone(lab, monkeypatch):
+    from jaxllm.checkpoint import manifest
+
+    found = damage.damaged(Lab(made(lab, "a"), say=lab.say))
+    assert found.passed and found.cases == 100, found.failures
+    monkeypatch.setattr(manifest.zlib, "crc32", lambda *_: 7)
+    found = damage.damaged(Lab(made(lab, "b"), say=lab.say))
+    assert found.failures and all("bit flipped" in text for text in found.failures), found.failures
+
+
+@pytest.mark.slow
+def test_refusals_and_a_run_that_starts_over(lab, monkeypatch):
+    plant = (
+        "import sys; from jaxllm.train.folder import RunFolder\n"
+        "RunFolder.refuse_to_start_over = lambda self: None\n"
+        "from jaxllm.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    monkeypatch.setattr(Lab, "command", property(lambda self: ["-c", plant]))
+    found = damage.refused(lab)
+    assert any(text.startswith("all gone") for text in found.failures), found.failures
+
+
+def test_streams_and_a_loader_that_starts_a_row_late(lab, monkeypatch):
+    from jaxllm.data import loader
+
+    few(monkeypatch, 60)
+    found = stream.position(Lab(made(lab, "a"), say=lab.say))
+    assert found.passed and found.cases >= 50, found.failures
+    init = loader.Loader.__init__
+    monkeypatch.setattr(
+        loader.Loader,
+        "__init__",
+        lambda self, *a, start=0, **k: init(self, *a, start=start + (start > 0), **k),
+    )
+    assert not stream.position(Lab(made(lab, "b"), say=lab.say)).passed
+
+
+@pytest.mark.fast
+def test_typos_and_settings_that_swallow_unknown_keys(lab, monkeypatch):
+    found = typos.typos(lab)
+    assert found.passed and found.cases == 300, found.failures
+    monkeypatch.setattr(typos.settings_of, "merge", lambda *_: None)
+    assert len(typos.typos(lab).failures) >= 300
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from dill import loads",
+        "eval('1')",
+        "exec(text)",
+        "__import__(name)",
+        "yaml.load(file)",
+        "np.load(file, allow_pickle=True)",
+        "def f():\n    return compile(text, '', 'exec')",
+    ],
+)
+def test_what_runs_text_is_found(source):
+    assert len(list(code.unsafe(source, "x.py"))) == 1
+
+
+@pytest.mark.fast
+def test_code_templates_and_paths(lab, monkeypatch):
+    found = code.no_code(Lab(made(lab, "a"), say=lab.say))
+    assert found.passed, found.failures
+    assert not list(code.unsafe("step.compile(); re.compile('x'); model.eval(); yaml.safe_load(x)", "x.py"))
+    assert not list(code.unsafe("np.load(x, allow_pickle=False)", "x.py"))
+    from jaxllm.data import template
+    from jaxllm.hf import safetensors
+
+    monkeypatch.setattr(template, "run", lambda text, variables: "<class 'str'>")
+    monkeypatch.setattr(safetensors, "Tensors", lambda folder: None)
+    found = code.no_code(Lab(made(lab, "b"), say=lab.say))
+    assert len(found.failures) == len(code.ESCAPES) + len(code.PATHS)
+
+
+@pytest.mark.slow
+def test_signals_and_a_run_that_goes_on_after_one(lab, monkeypatch):
+    few(monkeypatch, 1)
+    plant = (
+        "import sys; from jaxllm.checkpoint import Preemption\n"
+        "Preemption.reached = lambda self, step: False\n"
+        "from jaxllm.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    monkeypatch.setattr(Lab, "command", property(lambda self: ["-c", plant]))
+    found = signals.stopped(lab)
+    assert any("steps after the signal" in text for text in found.failures), found
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_a_failure_that_nobody_hears_of(lab, monkeypatch):
+    plant = (
+        "import sys, logging; logging.getLogger('jaxllm').addFilter(lambda record: record.levelno < logging.ERROR)\n"
+        "from jaxllm.cli import main; main(sys.argv[1:]); sys.exit(0)"
+    )
+    monkeypatch.setattr(Lab, "command", property(lambda self: ["-c", plant]))
+    monkeypatch.setattr(disk, "PATIENCE", 30)
+    with pytest.raises(ValueError, match="ended too early"):
+        disk.full(lab)
+
+
+def test_what_is_logged_is_kept_from_the_screen_and_given(capsys):
+    with said() as lines:
+        logging.getLogger("jaxllm").warning("a line")
+    assert lines == ["a line"] and "a line" not in capsys.readouterr().err
