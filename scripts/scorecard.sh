@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The reliability scorecard with all its cases, which takes hours, and the page that publishes it.
+#
+#   scripts/scorecard.sh [--seed N]
+#
+# Writes scorecard.json and docs/reliability.md. `jaxllm verify` is the tier of a few minutes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec "${JAXLLM:-.venv/bin/jaxllm}" verify --long --json scorecard.json --page docs/reliability.md "$@"
