@@ -82,7 +82,7 @@ def _slow(environ: Mapping[str, str]) -> str | None:
     if not _on_cpu(environ):
         return "for training on CPU, which this is not"
     if _jaxlib() < FAST_JAXLIB:
-        return "no oneDNN fusions, which jaxlib before 0.12 cannot compile on every processor"
+        return "no oneDNN fusions, which jaxlib before 0.12 cannot compile on every processor (0.12 needs Python 3.12)"
     return None
 
 

@@ -16,6 +16,9 @@ from jaxllm.sharding import MESH_AXES
 from jaxllm.train.config import RunConfig
 from jaxllm.train.memory import size
 
+LESS_STATE = "choose chips with more memory, train adapters (lora.rank=16), or set optim.name=adafactor"
+SHORTER_ROWS = "lower train.seq_len, or split rows with parallel.context"
+
 
 def advice(config: RunConfig, found: dict[str, Any], target: Target) -> str:
     """What to do where a plan does not fit: both sizes, what takes the room, and the smallest slice that would do."""
@@ -32,7 +35,8 @@ def advice(config: RunConfig, found: dict[str, Any], target: Target) -> str:
         )
     smallest = smallest_slice(config, target)
     if smallest is None:
-        return f"{text}; no slice of this chip would do; lower train.seq_len, or split rows with parallel.context"
+        state = kinds[0][0] in ("parameters", "gradients", "optimizer")
+        return f"{text}; no slice of this chip would do; {LESS_STATE if state else SHORTER_ROWS}"
     where, change = smallest
     return f"{text}; the smallest slice that would do, by formulas: {where}{change}"
 

@@ -163,7 +163,8 @@ def _advice(config: RunConfig, request: Request, memory: dict[str, Any], target:
 
     text = (
         f"{target.name}: a device needs {size(memory['total'])} ({', '.join(_listed(memory))}) and has "
-        f"{size(memory['capacity'])}; store the weights in fewer bits (--weights int8), lower --batch or --context"
+        f"{size(memory['capacity'])}; store weights or cache in fewer bits (--weights int8, --cache int8), "
+        "lower --batch or --context"
     )
     if target.topology is None:
         return f"{text}, or split the weights over more devices (parallel.tensor)"

@@ -20,7 +20,7 @@ from jaxllm.optim.optimizers import make_optimizer
 from jaxllm.sharding import MESH_AXES, RULES, ParallelConfig, Sharding, _sizes, make_sharding
 from jaxllm.train.config import RunConfig, Stage
 from jaxllm.train.init import check_trainable, origin_of
-from jaxllm.train.loop import check_batch
+from jaxllm.train.loop import check_batch, check_ring
 from jaxllm.train.step import TrainState, abstract_state, make_train_step
 
 
@@ -87,6 +87,7 @@ def _mesh_sizes(parallel: ParallelConfig, devices: int) -> tuple[int, ...]:
 def _step(config: RunConfig, sharding: Sharding) -> Step:
     stage = longest(config)
     check_batch(stage, config.train.accumulate, sharding)
+    check_ring(config.kernels, sharding)
     changes = changes_of(config)
     model = after(build(stage.model(config.model), sharding, config.kernels), changes)
     pattern = trainable(config.train.trainable, changes)
