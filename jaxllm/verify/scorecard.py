@@ -97,6 +97,14 @@ ROWS: tuple[Row, ...] = (
         "typos:typos",
     ),
     Row(
+        13,
+        "damaged published files",
+        "Published weights, settings, tokenizers and adapters with damage in them give an error of ours or a model: no "
+        "crash, nothing over two seconds, no allocation of more than twice the file.",
+        "files:mutated",
+        "Damage is random, and seeds are small files.",
+    ),
+    Row(
         14,
         "no code from files",
         "Nothing that a file holds is run as code, and no path in a file leads out of its folder.",

@@ -38,14 +38,13 @@ def _in_a_step(lab: Lab, settings: Path, out: Path) -> list[str]:
     with lab.started(settings) as process:
         _until(process, lambda: _last(out) >= 3)
         time.sleep(lab.random.uniform(0, 0.2))
-        before = _last(out)
-        return _ends_well(process, out, before)
+        return _ends_well(process, out)
 
 
 def _in_a_save(lab: Lab, settings: Path, out: Path) -> list[str]:
     with lab.started(settings) as process:
         _until(process, lambda: saving(out))
-        return _ends_well(process, out, _last(out))
+        return _ends_well(process, out)
 
 
 def _in_the_first_compilation(lab: Lab, settings: Path, out: Path) -> list[str]:
@@ -86,9 +85,10 @@ CASES = {
 }
 
 
-def _ends_well(process, out: Path, before: int) -> list[str]:
+def _ends_well(process, out: Path) -> list[str]:
     """One signal: the step in progress is finished and saved, and no other one is begun."""
     process.send_signal(signal.SIGTERM)
+    before = _last(out)  # after the signal, so that a delay here counts for the run and not against it
     code, last = process.wait(PATIENCE), _last(out)
     problems = [f"exit code {code}: {process.said()[-300:]}"] if code else []
     # The metrics are one step behind what runs; the step that the signal met, and the one already dispatched.

@@ -3,13 +3,15 @@
 import json
 import logging
 import re
+import time
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from jaxllm import checkpoint, cli
-from jaxllm.errors import SettingsError
-from jaxllm.verify import code, crash, damage, disk, kills, scorecard, signals, stream, typos
+from jaxllm.errors import DataError, SettingsError
+from jaxllm.verify import code, crash, damage, disk, files, kills, scorecard, signals, stream, typos
 from jaxllm.verify.lab import Found, Lab, said
 from jaxllm.verify.page import page
 from jaxllm.verify.scorecard import ROWS, Row
@@ -101,6 +103,7 @@ def made(lab: Lab, name: str) -> Path:
     return lab.folder / name
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads of damage that nobody noticed
 def test_damage_and_a_check_that_looks_at_sizes_alone(lab, monkeypatch):
     from jaxllm.checkpoint import manifest
 
@@ -208,3 +211,23 @@ def test_what_is_logged_is_kept_from_the_screen_and_given(capsys):
     with said() as lines:
         logging.getLogger("jaxllm").warning("a line")
     assert lines == ["a line"] and "a line" not in capsys.readouterr().err
+
+
+def test_readers_that_crash_hang_or_take_too_much_are_found(monkeypatch):
+    def raises(error):
+        raise error
+
+    assert files.attempt(lambda: raises(DataError("damaged")), 10) == (None, True)
+    assert files.attempt(lambda: None, 10) == (None, False)
+    assert files.attempt(lambda: raises(KeyError("w")), 10) == ("KeyError: 'w'", False)
+    assert files.attempt(lambda: bytes(30 << 20), 1 << 20)[0].startswith("held 31,")
+    monkeypatch.setattr(files, "SECONDS", 0.05)
+    assert files.attempt(lambda: time.sleep(0.1), 10)[0] == "took 0.1 s"
+
+
+def test_damage_is_damage():
+    """Every kind changes the file; JSON stays JSON where its values are changed."""
+    data, random = json.dumps({"a": [1, {"b": "c"}], "d": 2.5}).encode(), Random(0)
+    made = [files.mutate(data, random, True) for _ in range(300)]
+    assert sum(one != data for one in made) > 290 and len(set(made)) > 200
+    assert sum(files._another(json.loads(data), random) != json.loads(data) for _ in range(100)) > 95
