@@ -12,7 +12,7 @@ def add_verify(verbs):
     verb.add_argument("rows", nargs="*", type=int, metavar="ROW", help="numbers of the rows to run (default: all)")
     verb.add_argument("--long", action="store_true", help="many more cases: hours instead of minutes")
     verb.add_argument("--seed", type=int, default=0, help="of the instants, cuts and faults (default 0)")
-    verb.add_argument("--run", metavar="RUN.yaml", help="settings of your own run, instead of a small one")
+    verb.add_argument("--run", dest="run_file", metavar="RUN.yaml", help="settings of your own run, instead of a small one")
     verb.add_argument("--json", metavar="FILE", help="write what was found")
     verb.add_argument("--page", metavar="FILE.md", help="write it as a page")
 
@@ -24,7 +24,7 @@ def verify(args) -> int:
 
     rows = chosen(args.rows)
     with tempfile.TemporaryDirectory(prefix="jaxllm-verify-") as folder:
-        lab = Lab(Path(folder), seed=args.seed, long=args.long, run_file=args.run)
+        lab = Lab(Path(folder), seed=args.seed, long=args.long, run_file=args.run_file)
         found = run(rows, lab)
     passed = sum(row["passed"] for row in found["rows"])
     print(f"{passed} of {len(found['rows'])} rows hold")

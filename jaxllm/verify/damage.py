@@ -14,7 +14,7 @@ def damaged(lab: Lab) -> Found:
     from jaxllm.checkpoint import CheckpointConfig, Checkpoints
 
     whole = lab.folder / "whole"
-    with Checkpoints(whole, CheckpointConfig(keep=9)) as checkpoints:
+    with said(), Checkpoints(whole, CheckpointConfig(keep=9)) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state(step), {"settings": {"lr": 1e-05}, "step": step})
     files = sorted(path.relative_to(whole) for path in (whole / "2").rglob("*") if path.is_file())

@@ -70,6 +70,7 @@ def test_the_verb_writes_json_and_a_page_and_says_in_its_exit_code(tmp_path, mon
     assert all(row.limits in text for row in ROWS)
     found["rows"][0] |= {"passed": False, "failures": ["x was accepted"]}
     assert "**does not hold**: x was accepted" in page(found)
+    assert cli.parse(["verify"]).run_file is None and cli.parse(["verify", "--run", "a.yaml"]).run_file == "a.yaml"
     monkeypatch.setattr(typos, "NEAREST", 1.1)
     assert cli.main(["verify", "11"]) == 1
 
