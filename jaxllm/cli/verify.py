@@ -12,7 +12,9 @@ def add_verify(verbs):
     verb.add_argument("rows", nargs="*", type=int, metavar="ROW", help="numbers of the rows to run (default: all)")
     verb.add_argument("--long", action="store_true", help="many more cases: hours instead of minutes")
     verb.add_argument("--seed", type=int, default=0, help="of the instants, cuts and faults (default 0)")
-    verb.add_argument("--run", dest="run_file", metavar="RUN.yaml", help="settings of your own run, instead of a small one")
+    verb.add_argument(
+        "--run", dest="run_file", metavar="RUN.yaml", help="settings of your own run, instead of a small one"
+    )
     verb.add_argument("--json", metavar="FILE", help="write what was found")
     verb.add_argument("--page", metavar="FILE.md", help="write it as a page")
 
