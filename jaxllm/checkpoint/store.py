@@ -77,6 +77,7 @@ class Checkpoints:
         self._finishing: threading.Thread | None = None
         self._current: int | None = None  # the step that memory and disk have in common
         self._saves = self._need = 0
+        self._broken: set[int] = set()  # steps whose save failed
         self._hook, sys.unraisablehook = sys.unraisablehook, self._quiet
         self._barrier = ocp.multihost.get_barrier_sync_fn()
         # Zstd on float weights takes four times the CPU time to save 8 % of the space.
@@ -181,6 +182,7 @@ class Checkpoints:
         """Waits, and frees orbax's threads and the folder."""
         self.wait()
         self._orbax.close()
+        self._sweep()
         if sys.unraisablehook == self._quiet and not self.failed:  # else its last writes are still to end
             sys.unraisablehook = self._hook
         if self._lock is not None:
@@ -239,12 +241,20 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 (self.folder / str(step)).rmtree(missing_ok=True)
                 self._marker(step).unlink(missing_ok=True)
+            self._broken.add(step)
 
     def _quiet(self, found) -> None:
         """Python shows errors that nobody can catch: not those of writes that end after the save that they fail."""
         late = isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)
         if not (late and self._saves):
             self._hook(found)
+
+    def _sweep(self) -> None:
+        """Removes what writes of a failed save have left that ended after it."""
+        for step in self._broken:
+            with contextlib.suppress(OSError):
+                if not manifest.sealed(self.folder / str(step)):
+                    (self.folder / str(step)).rmtree(missing_ok=True)
 
     def _open(self) -> None:
         """Takes the folder, where there is one, before anything in it is touched."""
@@ -259,6 +269,7 @@ class Checkpoints:
             if self._lock is not None:
                 self._lock.take()
             self._marker(step).touch()
+            self._sweep()
         except OSError as error:
             raise unwritable(self.folder, error, "choose another checkpoint.folder") from None
         check_space(self.folder, self._need)
