@@ -15,7 +15,7 @@ FUNCTIONS = {"eval", "exec", "compile", "__import__"}
 #: `yaml.load` and its like make objects; numpy reads pickled arrays where it is asked to.
 UNSAFE_YAML = {"load", "load_all", "full_load", "unsafe_load", "full_load_all", "unsafe_load_all"}
 
-#: What a chat template may try; `x` is where it lands in a program.
+#: What a chat template may try, as expressions.
 ESCAPES = """
 ''.__class__
 ''.__class__.__mro__[1].__subclasses__()
@@ -29,6 +29,7 @@ dict.__class__
 dict.__init__.__globals__
 namespace.__init__.__globals__
 namespace(__class__=1)
+namespace(a=1)._Namespace__attrs
 range.__globals__
 raise_exception.__globals__['__builtins__']
 raise_exception.__code__
@@ -39,6 +40,7 @@ self.__class__
 joiner.__init__.__globals__
 cycler.__init__.__globals__.os.popen('id').read()
 lipsum.__globals__['os']
+get_flashed_messages.__globals__
 messages.__class__.__base__
 messages[0].update({'role': 'x'})
 messages.append(1)
@@ -48,7 +50,9 @@ messages[0].content.format.__self__.__class__.__init__
 '{0.__class__.__mro__}'.format('')
 '{a.__class__}'.format_map({'a': 1})
 (messages[0].content.format)('{0.__class__}').__class__
+['{0.__class__}'.format]|map('call', 1)|list
 (messages|map(attribute='role')).gi_frame.f_globals
+(messages|map(attribute='role')).gi_code
 """.strip().splitlines()
 
 #: What an index of weights may name, from `FOLDER/secret` up.

@@ -2,12 +2,9 @@
 
 import re
 import resource
-import time
 from pathlib import Path
 
-from jaxllm.errors import UserError
-from jaxllm.verify.kills import PATIENCE
-from jaxllm.verify.lab import Found, Lab, differences, leftovers
+from jaxllm.verify.lab import PATIENCE, Found, Lab, differences, leftovers, saved_steps, until
 
 #: Bytes of a file at most: enough for metrics and figures, too few for the weights of MODEL.
 LIMIT = 150_000
@@ -33,10 +30,10 @@ def full(lab: Lab) -> Found:
 
 def _run(lab: Lab, settings: Path, out: Path, recovers: bool) -> list[str]:
     with lab.started(settings) as process:
-        _until(process, lambda: _steps(out))
-        before = _steps(out)
+        until(process, lambda: saved_steps(out))
+        before = saved_steps(out)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
-        _until(process, lambda: "was not saved in" in process.said())
+        until(process, lambda: "was not saved in" in process.said())
         if recovers:
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         code, text = process.wait(PATIENCE), process.said()
@@ -45,24 +42,12 @@ def _run(lab: Lab, settings: Path, out: Path, recovers: bool) -> list[str]:
         problems.append(f"the message lacks path, need or have: {text[-400:]}")
     if "Traceback" in text:
         problems.append("a traceback instead of a line")
-    if missing := before - _steps(out):
+    if missing := before - saved_steps(out):
         problems.append(f"older steps are gone: {sorted(missing)}")
     if recovers and code:
         problems.append(f"exit code {code} though the last save worked: {text[-300:]}")
-    if recovers and STEPS not in _steps(out):
+    if recovers and STEPS not in saved_steps(out):
         problems.append("no save worked once there was space")
     if not recovers and code == 0:
         problems.append("exit code 0 though the last save failed")
     return problems
-
-
-def _steps(out: Path) -> set[int]:
-    return {int(path.parent.name) for path in (out / "checkpoints").glob("*/manifest.json")}
-
-
-def _until(process, reached) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not reached():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise UserError(f"the run ended too early: {process.said()[-500:]}")
-        time.sleep(0.002)

@@ -3,13 +3,10 @@
 import time
 from pathlib import Path
 
-from jaxllm.errors import UserError
-from jaxllm.verify.lab import Found, Lab, differences, leftovers
+from jaxllm.verify.lab import Found, Lab, differences, leftovers, saved_steps, saving, until
 
 #: Of the kills, this share waits for a save to begin.
 IN_A_SAVE = 0.8
-#: Seconds after which a run that has not saved is not going to.
-PATIENCE = 120
 
 
 def killed(lab: Lab) -> Found:
@@ -32,31 +29,14 @@ def killed(lab: Lab) -> Found:
 def _kill_once(lab: Lab, settings: Path, out: Path) -> bool:
     """Starts the run, kills it somewhere, and says whether a save was being written."""
     with lab.started(settings) as process:
-        known, deadline = _saved(out), time.monotonic() + PATIENCE
+        known = saved_steps(out)
         if lab.random.random() < IN_A_SAVE:
-            wait_for = lab.random.choice((1, 1, 2))
-            while len(_saved(out) - known) < wait_for - 1 or not saving(out):
-                _still_running(process, deadline)
+            others = lab.random.choice((0, 0, 1))
+            until(process, lambda: len(saved_steps(out) - known) >= others and saving(out), pause=0)
             time.sleep(lab.random.uniform(0, 0.02))
         else:
-            while not _saved(out) - known:
-                _still_running(process, deadline)
-                time.sleep(0.01)
+            until(process, lambda: bool(saved_steps(out) - known))
             time.sleep(lab.random.uniform(0, 0.2))
         process.kill()
         process.wait()
     return saving(out)
-
-
-def _still_running(process, deadline: float) -> None:
-    if process.poll() is not None or time.monotonic() > deadline:
-        raise UserError(f"the run ended before it could be killed: {process.said()[-500:]}")
-
-
-def _saved(out: Path) -> set[str]:
-    folder = out / "checkpoints"
-    return {path.parent.name for path in folder.glob("*/manifest.json")} if folder.exists() else set()
-
-
-def saving(out: Path) -> bool:
-    return any((out / "checkpoints").glob("*.unfinished"))

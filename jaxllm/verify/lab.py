@@ -182,6 +182,29 @@ def said() -> Iterator[list[str]]:
         log.propagate = propagate
 
 
+#: Seconds after which a moment that has not come is not going to.
+PATIENCE = 120
+
+
+def until(process, reached: Callable[[], bool], pause: float = 0.002) -> None:
+    """Returns once `reached()` holds. Raises UserError where the process ends before, or nothing happens."""
+    deadline = time.monotonic() + PATIENCE
+    while not reached():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise UserError(f"the run ended too early: {process.said()[-500:]}")
+        time.sleep(pause)
+
+
+def saved_steps(out: Path) -> set[int]:
+    """The steps of a run that are saved to the end."""
+    return {int(path.parent.name) for path in (out / "checkpoints").glob("*/manifest.json")}
+
+
+def saving(out: Path) -> bool:
+    """Whether a step is being written or deleted."""
+    return any((out / "checkpoints").glob("*.unfinished"))
+
+
 def metrics(out: Path) -> dict[int, dict[str, str]]:
     """`{step: {"loss": ..., "grad_norm": ...}}` of a run, to the last bit."""
     rows = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]

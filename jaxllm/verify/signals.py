@@ -6,9 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from jaxllm.errors import UserError
-from jaxllm.verify.kills import PATIENCE, saving
-from jaxllm.verify.lab import Found, Lab, differences, leftovers, metrics
+from jaxllm.verify.lab import PATIENCE, Found, Lab, differences, leftovers, metrics, saved_steps, saving, until
 
 STEPS = 60
 #: A second is short beside a compilation, and long beside what a process needs to end.
@@ -36,14 +34,14 @@ def stopped(lab: Lab) -> Found:
 
 def _in_a_step(lab: Lab, settings: Path, out: Path) -> list[str]:
     with lab.started(settings) as process:
-        _until(process, lambda: _last(out) >= 3)
+        until(process, lambda: _last(out) >= 3)
         time.sleep(lab.random.uniform(0, 0.2))
         return _ends_well(process, out)
 
 
 def _in_a_save(lab: Lab, settings: Path, out: Path) -> list[str]:
     with lab.started(settings) as process:
-        _until(process, lambda: saving(out))
+        until(process, lambda: saving(out))
         return _ends_well(process, out)
 
 
@@ -51,7 +49,7 @@ def _in_the_first_compilation(lab: Lab, settings: Path, out: Path) -> list[str]:
     """Programs are not found in a cache here, so that there is something to interrupt."""
     environ = lab.environ(JAX_ENABLE_COMPILATION_CACHE="false")
     with lab.started(settings, env=environ) as process:
-        _until(process, lambda: "attention: " in process.said())  # said while the step is traced
+        until(process, lambda: "attention: " in process.said())  # said while the step is traced
         time.sleep(lab.random.uniform(0, 0.3))
         if _last(out) >= 1:
             return ["the run was past its compilation when the signal came"]
@@ -61,15 +59,15 @@ def _in_the_first_compilation(lab: Lab, settings: Path, out: Path) -> list[str]:
         took = time.monotonic() - start
     if took > AT_ONCE:
         return [f"the process took {took:.1f} s to end, with nothing new to save"]
-    return [f"step {step} was saved" for step in _saved_steps(out)]
+    return [f"step {step} was saved" for step in saved_steps(out)]
 
 
 def _twice(lab: Lab, settings: Path, out: Path) -> list[str]:
     with lab.started(settings) as process:
-        _until(process, lambda: saving(out))
+        until(process, lambda: saving(out))
         start = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        _until(process, lambda: "once more to exit at once" in process.said())
+        until(process, lambda: "once more to exit at once" in process.said())
         process.send_signal(signal.SIGTERM)
         code, took = process.wait(PATIENCE), time.monotonic() - start
     if code not in (0, 128 + signal.SIGTERM):
@@ -93,16 +91,8 @@ def _ends_well(process, out: Path) -> list[str]:
     problems = [f"exit code {code}: {process.said()[-300:]}"] if code else []
     # The metrics are one step behind what runs; the step that the signal met, and the one already dispatched.
     problems += [f"{last - before} steps after the signal"] if last - before > 3 else []
-    saved = max(_saved_steps(out), default=0)
+    saved = max(saved_steps(out), default=0)
     return problems + ([f"step {last} is the last, {saved} was saved"] if saved != last else [])
-
-
-def _until(process, reached) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not reached():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise UserError(f"the run ended before the signal was sent: {process.said()[-500:]}")
-        time.sleep(0.002)
 
 
 def _last(out: Path) -> int:
@@ -110,7 +100,3 @@ def _last(out: Path) -> int:
         return max(metrics(out), default=0)
     except (OSError, json.JSONDecodeError):  # not there yet, or amid a line
         return 0
-
-
-def _saved_steps(out: Path) -> list[int]:
-    return [int(path.parent.name) for path in (out / "checkpoints").glob("*/manifest.json")]

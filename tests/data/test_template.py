@@ -9,45 +9,8 @@ import pytest
 from jaxllm.data import budget
 from jaxllm.data.template import run
 from jaxllm.errors import DataError
+from jaxllm.verify.code import ESCAPES
 
-ESCAPES = """
-''.__class__
-''.__class__.__mro__[1].__subclasses__()
-''['__class__']
-''|attr('__class__')
-['']|map(attribute='__class__')|list
-[{}]|map('attr', '__class__')|list
-[{}]|selectattr('__class__')|list
-[{}]|groupby('__class__.__name__')|list|string
-dict.__class__
-dict.__init__.__globals__
-namespace.__init__.__globals__
-namespace(__class__=1)
-namespace(a=1)._Namespace__attrs
-range.__globals__
-raise_exception.__globals__['__builtins__']
-raise_exception.__code__
-strftime_now.__globals__
-self.__init__.__globals__
-self._TemplateReference__context
-self.__class__
-joiner.__init__.__globals__
-cycler.__init__.__globals__.os.popen('id').read()
-lipsum.__globals__['os']
-get_flashed_messages.__globals__
-messages.__class__.__base__
-messages[0].update({'role': 'x'})
-messages.append(1)
-messages.clear()
-messages[0].content.format.__self__.__class__.__init__
-'{0.__class__}'.format(messages)
-'{0.__class__.__mro__}'.format('')
-'{a.__class__}'.format_map({'a': 1})
-(messages[0].content.format)('{0.__class__}').__class__
-['{0.__class__}'.format]|map('call', 1)|list
-(messages|map(attribute='role')).gi_frame.f_globals
-(messages|map(attribute='role')).gi_code
-""".strip().splitlines()
 STATEMENTS = [
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}{{ os }}",

@@ -30,6 +30,12 @@ def lab(shared, tmp_path, monkeypatch):
     return Lab(tmp_path, say=lambda text: None)
 
 
+def planted(monkeypatch, fault: str) -> None:
+    """From now on a process of the lab starts with this fault in it."""
+    code = f"import sys\n{fault}\nfrom jaxllm.cli import main; sys.exit(main(sys.argv[1:]))"
+    monkeypatch.setattr(Lab, "command", property(lambda self: ["-c", code]))
+
+
 def few(monkeypatch, cases: int) -> None:
     monkeypatch.setattr(Lab, "count", lambda self, quick, long: min(quick, cases))
 
@@ -79,12 +85,11 @@ def test_the_verb_writes_json_and_a_page_and_says_in_its_exit_code(tmp_path, mon
 def test_kills_and_a_resume_that_repeats_a_batch(lab, monkeypatch):
     """Planted: after a kill the run goes on one row too late."""
     few(monkeypatch, 2)
-    plant = (
-        "import sys; from jaxllm.train import loop; whole = loop.Trainer.loader\n"
-        "loop.Trainer.loader = lambda self, index, done: whole(self, index, done and done + 1)\n"
-        "from jaxllm.cli import main; sys.exit(main(sys.argv[1:]))"
+    planted(
+        monkeypatch,
+        "from jaxllm.train import loop; whole = loop.Trainer.loader\n"
+        "loop.Trainer.loader = lambda self, index, done: whole(self, index, done and done + 1)",
     )
-    monkeypatch.setattr(Lab, "command", property(lambda self: ["-c", plant]))
     found = kills.killed(lab)
     assert any(re.match(r"step \d+: ", text) for text in found.failures), found
 
@@ -117,12 +122,10 @@ def test_damage_and_a_check_that_looks_at_sizes_alone(lab, monkeypatch):
 
 @pytest.mark.slow
 def test_refusals_and_a_run_that_starts_over(lab, monkeypatch):
-    plant = (
-        "import sys; from jaxllm.train.folder import RunFolder\n"
-        "RunFolder.refuse_to_start_over = lambda self: None\n"
-        "from jaxllm.cli import main; sys.exit(main(sys.argv[1:]))"
+    planted(
+        monkeypatch,
+        "from jaxllm.train.folder import RunFolder\nRunFolder.refuse_to_start_over = lambda self: None",
     )
-    monkeypatch.setattr(Lab, "command", property(lambda self: ["-c", plant]))
     found = damage.refused(lab)
     assert any(text.startswith("all gone") for text in found.failures), found.failures
 
@@ -186,23 +189,20 @@ def test_code_templates_and_paths(lab, monkeypatch):
 @pytest.mark.slow
 def test_signals_and_a_run_that_goes_on_after_one(lab, monkeypatch):
     few(monkeypatch, 1)
-    plant = (
-        "import sys; from jaxllm.checkpoint import Preemption\n"
-        "Preemption.reached = lambda self, step: False\n"
-        "from jaxllm.cli import main; sys.exit(main(sys.argv[1:]))"
+    planted(
+        monkeypatch,
+        "from jaxllm.checkpoint import Preemption\nPreemption.reached = lambda self, step: False",
     )
-    monkeypatch.setattr(Lab, "command", property(lambda self: ["-c", plant]))
     found = signals.stopped(lab)
     assert any("steps after the signal" in text for text in found.failures), found
 
 
 @pytest.mark.slow
 def test_a_full_disk_and_a_failure_that_nobody_hears_of(lab, monkeypatch):
-    plant = (
-        "import sys, logging; logging.getLogger('jaxllm').addFilter(lambda record: record.levelno < logging.ERROR)\n"
-        "from jaxllm.cli import main; main(sys.argv[1:]); sys.exit(0)"
+    planted(
+        monkeypatch,
+        "import logging\nlogging.getLogger('jaxllm').addFilter(lambda record: record.levelno < logging.ERROR)",
     )
-    monkeypatch.setattr(Lab, "command", property(lambda self: ["-c", plant]))
     monkeypatch.setattr(disk, "PATIENCE", 30)
     with pytest.raises(ValueError, match="ended too early"):
         disk.full(lab)
