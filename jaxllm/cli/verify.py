@@ -13,18 +13,24 @@ def add_verify(verbs):
     verb.add_argument("--long", action="store_true", help="many more cases: hours instead of minutes")
     verb.add_argument("--seed", type=int, default=0, help="of the instants, cuts and faults (default 0)")
     verb.add_argument(
-        "--run", dest="run_file", metavar="RUN.yaml", help="settings of your own run, instead of a small one"
+        "--run",
+        dest="run_file",
+        metavar="RUN.yaml",
+        help="your own run for rows 1, 3, 4 and 6, not a small one",
     )
     verb.add_argument("--json", metavar="FILE", help="write what was found")
     verb.add_argument("--page", metavar="FILE.md", help="write it as a page")
 
 
 def verify(args) -> int:
+    from jaxllm.train.load import load_run
     from jaxllm.verify.lab import Lab
     from jaxllm.verify.page import page
     from jaxllm.verify.scorecard import chosen, run
 
     rows = chosen(args.rows)
+    if args.run_file is not None:
+        load_run(args.run_file)  # so that what is wrong with it is said before hours of checks
     with tempfile.TemporaryDirectory(prefix="jaxllm-verify-") as folder:
         lab = Lab(Path(folder), seed=args.seed, long=args.long, run_file=args.run_file)
         found = run(rows, lab)

@@ -116,7 +116,13 @@ class Lab:
             from jaxllm.config import to_dict
             from jaxllm.train.load import load_run
 
-            raw = to_dict(load_run(self.run_file)[0])
+            own = to_dict(load_run(self.run_file)[0])
+            # What decides how it is computed stays; steps, saves and where they go are the check's.
+            own["train"] |= {"steps": raw["train"]["steps"], "stages": []}
+            own["checkpoint"] |= {"folder": None} | raw["checkpoint"]
+            if own["optim"].get("schedule"):
+                own["optim"]["schedule"] |= {"warmup": None}  # which may be longer than the steps of a check
+            raw = own
         raw["out"] = str(out)
         for key, value in changes.items():
             section, _, name = key.partition("__")

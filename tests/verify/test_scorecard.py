@@ -11,6 +11,7 @@ import pytest
 
 from jaxllm import checkpoint, cli
 from jaxllm.errors import DataError, SettingsError
+from jaxllm.train.load import load_run
 from jaxllm.verify import code, crash, damage, disk, files, kills, scorecard, signals, stream, typos
 from jaxllm.verify.lab import Found, Lab, said
 from jaxllm.verify.page import page
@@ -232,3 +233,18 @@ def test_damage_is_damage():
     made = [files.mutate(data, random, True) for _ in range(300)]
     assert sum(one != data for one in made) > 290 and len(set(made)) > 200
     assert sum(files._another(json.loads(data), random) != json.loads(data) for _ in range(100)) > 95
+
+
+def test_ones_own_run_keeps_its_model_and_gets_the_saves_of_a_check(lab):
+    lab.run_file = "demo"
+    given, _ = load_run("demo")
+    found, _ = load_run(lab.settings(lab.folder / "x", train__steps=60))
+    assert found.model == given.model and found.data == given.data and found.optim.name == given.optim.name
+    assert (found.train.steps, found.checkpoint.every, found.out) == (60, 2, str(lab.folder / "x"))
+    load_run(lab.settings(lab.folder / "y"))  # a few steps, and a warmup that fits
+
+
+@pytest.mark.fast
+def test_ones_own_run_that_is_not_there_is_an_error_at_once(capsys):
+    assert cli.main(["verify", "1", "--run", "nope.yaml"]) == 2
+    assert "no such settings file: nope.yaml" in capsys.readouterr().err
