@@ -135,6 +135,7 @@ def compile_row(name: str) -> dict[str, Any]:
     target = parse_target(row.topology)
     prepare_environment(target)
 
+    from jaxllm.plan.bounds import speed_of
     from jaxllm.plan.program import facts
     from jaxllm.plan.step import make_step
 
@@ -144,7 +145,9 @@ def compile_row(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = step.lower().compile()
     seconds = time.perf_counter() - start
-    return facts(compiled, step.sharding.mesh, target.chip).to_dict() | {"compile_seconds": seconds}
+    mesh = step.sharding.mesh
+    found = facts(compiled, mesh, target.chip, speed_of(target, dict(mesh.shape)))
+    return found.to_dict() | {"compile_seconds": seconds}
 
 
 if __name__ == "__main__":

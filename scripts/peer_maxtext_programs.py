@@ -19,8 +19,9 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 def main(model: str, topology: str, rows: str, tokens: str, remat: str) -> None:
     from maxtext.trainers.pre_train import train_compile
 
-    from jaxllm.chips import CHIPS
+    from jaxllm.plan.bounds import speed_of
     from jaxllm.plan.program import facts
+    from jaxllm.plan.target import parse_target
 
     compile_step = train_compile.jit_and_compile
 
@@ -28,7 +29,8 @@ def main(model: str, topology: str, rows: str, tokens: str, remat: str) -> None:
         start = time.perf_counter()
         compiled = compile_step(func, inputs, kwargs, mesh, *rest)
         seconds = time.perf_counter() - start
-        found = facts(compiled, mesh, CHIPS[topology.partition(":")[0]])
+        target = parse_target(topology)
+        found = facts(compiled, mesh, target.chip, speed_of(target, dict(mesh.shape)))
         print("RESULT " + json.dumps(found.to_dict() | {"compile_seconds": seconds}), flush=True)
         return compiled
 

@@ -1,7 +1,7 @@
 """How long a step takes at least: compute, main memory and networks, each by itself, with what is assumed of them."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from jaxllm import tree
 from jaxllm.plan.attention import kernel_flops
@@ -91,5 +91,13 @@ def network_bounds(rows: Iterable, sizes: dict[str, int], target: Target) -> dic
 
 def seconds_of(row, sizes: dict[str, int], target: Target) -> float:
     """Seconds of one collective at what is assumed of its links."""
-    speed = bandwidth(target, row.axes or tuple(sizes), sizes, row.group, row.network)
-    return row.wire_bytes / speed / ASSUMED["links"]
+    return row.wire_bytes / speed_of(target, sizes)(row)
+
+
+def speed_of(target: Target, sizes: dict[str, int]) -> Callable:
+    """`speed(row)`: bytes a second of an exchange or flow on a mesh of these sizes, at what is assumed of its links."""
+
+    def speed(row) -> float:
+        return ASSUMED["links"] * bandwidth(target, row.axes or tuple(sizes), sizes, row.group, row.network)
+
+    return speed

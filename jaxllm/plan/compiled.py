@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxllm.plan.bounds import speed_of
 from jaxllm.plan.program import Memory, Program, facts
 from jaxllm.plan.target import Target
 
@@ -47,7 +48,7 @@ def compile_for(lower, mesh, target: Target) -> Compiled:
         needs = float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1) if used else None
         return Compiled(None, time.perf_counter() - start, needs)
     seconds = time.perf_counter() - start
-    return Compiled(facts(compiled, mesh, target.chip), seconds)
+    return Compiled(facts(compiled, mesh, target.chip, speed_of(target, dict(mesh.shape))), seconds)
 
 
 def needed(memory: Memory, platform: str) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from jaxllm.chips import Chip
 from jaxllm.plan import hlo
 from jaxllm.plan.collectives import Layout
-from jaxllm.plan.walk import walk
+from jaxllm.plan.walk import Speed, walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +105,11 @@ class Program:
         return out
 
 
-def facts(compiled, mesh, chip: Chip | None = None) -> Program:
+def facts(compiled, mesh, chip: Chip | None = None, speed: Speed | None = None) -> Program:
     """Facts of a `jax.stages.Compiled`, for the jax `Mesh` it was compiled for.
 
     `chip`: gives seconds, and tells how much of an asynchronous collective the compute beside it hides; without one all
-    of it counts as hidden.
+    of it counts as hidden. `speed`: of the links of an exchange (`bounds.speed_of`), default all of the chip's.
     Raises UserError where the program is not one of this mesh.
     """
     slices = tuple(getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat)
@@ -121,7 +121,7 @@ def facts(compiled, mesh, chip: Chip | None = None) -> Program:
         analysis.temp_size_in_bytes,
         getattr(analysis, "peak_memory_in_bytes", 0) or None,
     )
-    return from_text(compiled.as_text(), dict(mesh.shape), chip, slice_of=slices, memory=memory)
+    return from_text(compiled.as_text(), dict(mesh.shape), chip, slice_of=slices, memory=memory, speed=speed)
 
 
 def from_text(
@@ -131,6 +131,7 @@ def from_text(
     *,
     slice_of: Sequence[int] | None = None,
     memory: Memory | None = None,
+    speed: Speed | None = None,
 ) -> Program:
     """Facts from saved text (`compiled.as_text()`); `mesh_shape`: size of each mesh axis, in the mesh's order.
 
@@ -141,7 +142,7 @@ def from_text(
         devices *= size
     module = hlo.parse(text)
     layout = Layout(mesh_shape, tuple(slice_of or (0,) * devices), module.partitions)
-    tally = walk(module, layout, chip and chip.device)
+    tally = walk(module, layout, chip and chip.device, speed)
     return Program(
         devices=devices,
         matmul_flops=dict(sorted(tally.flops.items())),

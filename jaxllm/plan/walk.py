@@ -3,16 +3,22 @@
 import collections
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from jaxllm.chips import Chip
 from jaxllm.plan import cost, hlo
 from jaxllm.plan.collectives import Exchange, Layout, read, role
 
+#: Bytes a second that a device sends in a collective.
+Speed = Callable[[Exchange], float]
 
-def walk(module: hlo.Module, layout: Layout, chip: Chip | None) -> "Tally":
-    """Sums over one run of the program on one device. `chip`: a device's share of one (`Chip.device`)."""
-    return _Walk(module, layout, chip).run(module.entry, {})
+
+def walk(module: hlo.Module, layout: Layout, chip: Chip | None, speed: Speed | None = None) -> "Tally":
+    """Sums over one run of the program on one device. `chip`: a device's share of one (`Chip.device`).
+
+    speed: default all links of the chip.
+    """
+    return _Walk(module, layout, chip, speed).run(module.entry, {})
 
 
 class Tally:
@@ -70,12 +76,13 @@ class _Timeline:
     """The schedule of one computation, with each network as a queue.
 
     Compute takes its estimated cycles; a transfer starts when those before it on its network are through, and takes its
-    bytes over the bandwidth of the chip. Where the program waits for it longer than compute lasts, bytes are exposed.
+    bytes over the speed of its links. Where the program waits for it longer than compute lasts, bytes are exposed.
     `carriers`: keys of flights by (fusion, channel), for the fusion that starts one and those that compute beside it.
     """
 
-    def __init__(self, chip: Chip | None, tally: Tally):
+    def __init__(self, chip: Chip | None, tally: Tally, speed: Speed | None):
         self.chip, self.tally = chip, tally
+        self.speed = speed or (lambda exchange: chip.ici if exchange.network == "ici" else chip.dcn)
         self.free: dict[str, float] = collections.defaultdict(float)
         self.flights: dict[typing.Any, _Flight] = {}
         self.carriers: dict[tuple[str, str | None], typing.Any] = {}
@@ -85,8 +92,8 @@ class _Timeline:
         self.tally.seconds += cycles / self.chip.clock if self.chip and self.chip.clock else 0
 
     def start(self, key, exchange: Exchange) -> None:
-        chip, network = self.chip, exchange.network
-        takes = exchange.wire / (chip.ici if network == "ici" else chip.dcn) if chip else 0.0
+        network = exchange.network
+        takes = exchange.wire / self.speed(exchange) if self.chip else 0.0
         self.free[network] = max(self.tally.seconds, self.free[network]) + takes
         sums = self.tally.exchange(exchange)
         self.flights[key] = _Flight(exchange, sums, self.free[network], takes, self.tally.cycles)
@@ -105,14 +112,14 @@ class _Timeline:
 
 
 class _Walk:
-    def __init__(self, module: hlo.Module, layout: Layout, chip: Chip | None):
-        self.module, self.layout, self.chip = module, layout, chip
+    def __init__(self, module: hlo.Module, layout: Layout, chip: Chip | None, speed: Speed | None):
+        self.module, self.layout, self.chip, self.speed = module, layout, chip, speed
         self.fused: dict[str, tuple[Tally, list]] = {}
 
     def run(self, name: str, known: Mapping[int, int]) -> Tally:
         """One run of a computation. `known`: constants among the state that a loop carries (see hlo.trip_count)."""
         computation, tally = self.module.computations[name], Tally()
-        line = _Timeline(self.chip, tally)
+        line = _Timeline(self.chip, tally, self.speed)
         for instruction in computation.values():
             if instruction.op == "while":
                 self._loop(computation, instruction, known, tally)

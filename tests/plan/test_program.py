@@ -13,7 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.chips import CHIPS, Chip
 from jaxllm.errors import UserError
+from jaxllm.plan.bounds import seconds_of, speed_of
 from jaxllm.plan.program import facts, from_text
+from jaxllm.plan.target import parse_target
+from jaxllm.plan.traffic import Flow
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 #: 100 cycles and 1000 bytes a second within a slice, 10 bytes a second between slices.
@@ -191,6 +194,21 @@ def test_a_pair_hides_behind_the_compute_between(compute, exposed):
     (row,) = program.collectives
     assert row.exposed_bytes == pytest.approx(exposed) and row.overlapped_bytes == pytest.approx(2800 - exposed)
     assert (row.between_cycles, program.cycles, program.seconds) == (compute, compute + 500, (compute + 500) / 100)
+
+
+def test_a_group_with_a_third_of_the_links_hides_less():
+    """2800 bytes at a third of 1,000 a second take 8.4 s, of which 3 s of compute hide 1,000 bytes."""
+    lines = f"{START}  %c = f32[100]{{0}} sine(%p), {cycles(300)}\n  ROOT %d = f32[800]{{0}} all-gather-done(%g)\n"
+    (row,) = from_text(module(lines), MESH, SLOW, speed=lambda exchange: 1000 / 3).collectives
+    assert row.overlapped_bytes == pytest.approx(1000) and row.exposed_bytes == pytest.approx(1800)
+
+
+def test_what_overlaps_and_what_bounds_a_step_go_by_the_same_links():
+    target = parse_target("v5p:4x4x4")
+    sizes = {"data": 1, "fsdp": 64}
+    (line, whole) = (speed_of(target, sizes)(Flow("all-gather", ("fsdp",), group, 1.0)) for group in (4, 64))
+    assert line == pytest.approx(whole / 3) and whole == pytest.approx(0.8 * target.chip.device.ici)
+    assert seconds_of(Flow("all-gather", ("fsdp",), 4, line), sizes, target) == pytest.approx(1.0)
 
 
 def test_two_pairs_share_the_link():
