@@ -1,4 +1,4 @@
-"""Checkpoints: bit-equal round trips, every kind of damage, retention, failures, and the signals that end a run."""
+"""Checkpoints: bit-equal round trips, every kind of damage, retention, and failures."""
 
 import os
 
@@ -8,11 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import json
 import logging
 import re
-import signal
 import socket
-import subprocess
-import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +20,10 @@ import optax
 import pytest
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from processes import run
 
 from jaxllm import tree
-from jaxllm.checkpoint import CheckpointConfig, Checkpoints, Preemption, check_space, load, manifest, read_meta
+from jaxllm.checkpoint import CheckpointConfig, Checkpoints, check_space, load, manifest, read_meta
 from jaxllm.checkpoint.reader import newest_whole, numbered, steps_in
 from jaxllm.config import parse
 from jaxllm.errors import CheckpointError, ResourceError, SettingsError
@@ -412,20 +409,6 @@ def test_saving_a_step_twice(tmp_path):
         checkpoints.save(1, make_state(1), {})
 
 
-IMPORTS = """
-import os, re, sys, time, jax, jax.numpy as jnp
-from jaxllm.checkpoint import *
-from jaxllm.checkpoint import manifest, together
-from jaxllm.errors import UserError
-"""
-
-
-def run(code: str, *args, env=None) -> subprocess.Popen:
-    """A Python process with the usual imports, for what only the end of a process can show."""
-    command = [sys.executable, "-c", IMPORTS + textwrap.dedent(code), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
 def test_a_process_that_dies_before_the_seal_leaves_the_step_before(tmp_path, caplog):
     process = run(
         """
@@ -499,62 +482,6 @@ def test_a_full_disk_leaves_the_older_steps_and_no_traceback(tmp_path):
     (line,) = err.strip().splitlines()
     assert "step 2 was not saved" in line and "Traceback" not in err
     assert names(tmp_path) == ["1", "3"]
-
-
-LOOP = """
-with Preemption() as preemption:
-    print("ready", flush=True)
-    step = 0
-    while not preemption.reached(step):
-        time.sleep(0.02)
-        step += 1
-    print(preemption.signal.name, flush=True)
-    if len(sys.argv) > 1:
-        time.sleep(60)
-time.sleep(60) if len(sys.argv) > 2 else None
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_sets_the_flag_and_a_second_one_exits(number):
-    gentle, harsh = run(LOOP), run(LOOP, "stay")
-    for process in (gentle, harsh):
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(number)
-        assert process.stdout.readline() == f"{number.name}\n"
-    harsh.send_signal(number)
-    assert gentle.wait(30) == 0 and harsh.wait(30) == 128 + number
-    assert "once more to exit at once" in gentle.stderr.read()
-
-
-#: Minutes within one call into C, as a compilation is: no handler of Python's runs meanwhile.
-BUSY = """
-import hashlib
-with Preemption(idle=sys.argv[1] == "idle", exit_code=3) as preemption:
-    print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
-"""
-
-
-@pytest.mark.parametrize("idle", ["idle", "at work"])
-def test_a_compiler_does_not_hold_signals_up(idle):
-    """With nothing new to save the first signal exits, else the second one: at once, not after minutes."""
-    process = run(BUSY, idle)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    if idle == "at work":
-        assert [process.stderr.readline(), process.stderr.readline()][1].startswith("SIGTERM: saving after this step")
-        process.send_signal(signal.SIGTERM)
-    code = process.wait(20)
-    assert code == (3 if idle == "idle" else 128 + signal.SIGTERM)
-    assert ("nothing new to save" in process.stderr.read()) == (idle == "idle")
-
-
-def test_preemption_gives_the_handlers_back():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Preemption() as preemption:
-        assert signal.getsignal(signal.SIGTERM) != before[0] and not preemption.reached(0)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 TWO = """

@@ -12,8 +12,9 @@ from orbax.checkpoint import multihost
 class Preemption:
     """Turns SIGTERM and SIGINT into `reached(step)` while the `with` block runs; a second signal exits at once.
 
-    With `idle`, so does the first one until `begin()` is called: before a step is taken there is nothing new to save,
-    and a first compilation may take minutes. Python's handlers run in the main thread alone, between two lines of it,
+    With `idle`, so does the first SIGTERM until `begin()` is called: before a step is taken there is nothing to save,
+    and a first compilation may take minutes. A first Ctrl-C is a KeyboardInterrupt then, as it is without us: the
+    program around may be a notebook. Python's handlers run in the main thread alone, between two lines of it,
     which a compiler or a step can hold up; so a thread of its own reads what the handler in C writes at once.
 
     With more than one process the signal may reach only one of them, and all must stop after the same step: there
@@ -62,6 +63,8 @@ class Preemption:
     def _mark(self, number, _frame):
         """Runs in the main thread; sets the flag there too, so that a signal sent by itself is seen at once."""
         self.signal = signal.Signals(number)
+        if self._idle and number == signal.SIGINT:
+            raise KeyboardInterrupt
 
     def _watch(self, read: int) -> None:
         """Runs in a thread of its own: a byte for each signal."""
@@ -73,7 +76,8 @@ class Preemption:
                 os._exit(128 + number)
             told, self.signal = True, signal.Signals(number)
             # os.write: a print here could interrupt a print of the main program, which Python refuses.
-            if self._idle:
+            if self._idle and number == signal.SIGTERM:
                 os.write(2, f"\n{self.signal.name}: nothing new to save, exiting\n".encode())
                 os._exit(self._exit_code)
-            os.write(2, f"\n{self.signal.name}: saving after this step; once more to exit at once\n".encode())
+            what = "nothing new to save" if self._idle else "saving after this step"
+            os.write(2, f"\n{self.signal.name}: {what}; once more to exit at once\n".encode())
