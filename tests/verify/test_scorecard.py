@@ -4,10 +4,10 @@ import json
 import logging
 import re
 import time
-from pathlib import Path
 from random import Random
 
 import pytest
+from labs import few, made, planted
 
 from jaxllm import checkpoint, cli
 from jaxllm.errors import DataError, SettingsError
@@ -16,29 +16,6 @@ from jaxllm.verify import code, crash, damage, disk, files, kills, scorecard, si
 from jaxllm.verify.lab import Found, Lab, said
 from jaxllm.verify.page import page
 from jaxllm.verify.scorecard import ROWS, Row
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    return tmp_path_factory.mktemp("verify")
-
-
-@pytest.fixture
-def lab(shared, tmp_path, monkeypatch):
-    """A lab whose text, tokenizer and compiled programs all tests share, with few cases."""
-    (shared / "shared").mkdir(exist_ok=True)
-    monkeypatch.setattr(Lab, "shared", property(lambda self: shared / "shared"))
-    return Lab(tmp_path, say=lambda text: None)
-
-
-def planted(monkeypatch, fault: str) -> None:
-    """From now on a process of the lab starts with this fault in it."""
-    code = f"import sys\n{fault}\nfrom jaxllm.cli import main; sys.exit(main(sys.argv[1:]))"
-    monkeypatch.setattr(Lab, "command", property(lambda self: ["-c", code]))
-
-
-def few(monkeypatch, cases: int) -> None:
-    monkeypatch.setattr(Lab, "count", lambda self, quick, long: min(quick, cases))
 
 
 def test_rows_are_numbered_described_and_loadable():
@@ -103,11 +80,6 @@ def test_exits_inside_a_save_and_a_marker_that_stays(lab, monkeypatch):
     monkeypatch.setattr(checkpoint.Checkpoints, "_remove_unfinished", lambda self: None)
     found = crash.exits(Lab(made(lab, "b"), say=lab.say))
     assert any("left behind: 2.unfinished" in text for text in found.failures), found
-
-
-def made(lab: Lab, name: str) -> Path:
-    (lab.folder / name).mkdir()
-    return lab.folder / name
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads of damage that nobody noticed
