@@ -21,6 +21,8 @@ from jaxllm.hf.open import open_published
 from jaxllm.model.build import Model, Params, check_tokens
 from jaxllm.objectives.logprobs import token_logprobs
 from jaxllm.sharding import Sharding
+from jaxllm.train.rows import outputs
+from jaxllm.train.step import traced_on
 
 FOLDER = "reference"
 
@@ -60,7 +62,7 @@ def reference_of(model: Model, params: Params, store: TokenStore, *, length: int
     """
     rows = Rows(store, length, shuffle=False, truncate=truncate)
     found = np.zeros(store.tokens + 1, np.float32)  # the last one takes what is no target
-    step = jax.jit(lambda params, batch: token_logprobs(model, params, batch))
+    step = jax.jit(traced_on(model, lambda params, batch: outputs(model, token_logprobs, params, batch)))
     loader = Loader(rows, batch, stop=rows.per_epoch, prefetch=1)
     for b, one in enumerate(loader):
         logprobs_BT = np.asarray(step(params, model.sharding.batch(one)))

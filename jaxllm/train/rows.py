@@ -29,6 +29,23 @@ def sums(model: Model, objective: Objective, params: Params, batch, key) -> tupl
     return _mapped(model, on_a_device, params, batch, PartitionSpec())(params, batch, key)
 
 
+def outputs(model: Model, f: Callable[[Model, Params, Any], Any], params: Params, batch) -> Any:
+    """What `f(model, params, batch)` says of each position, `[B, T, ...]`: split as rows are, in their own order.
+
+    Each device computes on its own parts of the rows and holds no more of their hidden states and logits. There `f`
+    sees the positions in the order of `Sharding.order`; what it says of one must not depend on where that lies in an
+    array. `batch`: any tree of arrays `[B]` or `[B, T, ...]`.
+    """
+    if not model.sharding.by_row:
+        return f(model, params, batch)
+    local = model.local
+
+    def on_a_device(params, batch, _):
+        return jax.tree.map(lambda x: _in_order(local, x), f(local, params, _balanced(local, batch)))
+
+    return _mapped(model, on_a_device, params, batch, model.sharding.rows_spec(2))(params, batch, None)
+
+
 def gradients(model: Model, objective: Objective, chosen: Params, frozen: Params, batch, key, accumulate: int):
     """`((loss, (count, metrics)), gradient by the chosen weights)`, sums over a batch in `accumulate` microbatches.
 
@@ -64,6 +81,21 @@ def _balanced(model: Model, batch):
     if not sharding.across("context"):
         return batch
     return jax.tree.map(lambda x: sharding.part(sharding.gather(x, "context", 1)) if x.ndim > 1 else x, batch)
+
+
+def _in_order(model: Model, x_BT: jax.Array) -> jax.Array:
+    """The reverse of `_balanced` for what a device has made of its part: each piece travels once, no row is whole."""
+    sharding, n = model.sharding, model.sharding.mesh.shape["context"]
+    if not sharding.across("context") or x_BT.shape[1] % 2:  # one piece each, see `Sharding.order`
+        return x_BT
+    early, late = jax.numpy.split(x_BT, 2, axis=1)
+    # Of n = 4 devices the second holds pieces 1 and 6 of 0 to 7 and is to hold 2 and 3: one even and one odd, as all.
+    odd = sharding.piece % 2 == 1
+    pieces = jax.numpy.where(odd, late, early), jax.numpy.where(odd, early, late)
+    holder = [*range(n), *reversed(range(n))]
+    moves = [[(holder[2 * device + k], device) for device in range(n)] for k in (0, 1)]
+    moved = [jax.lax.ppermute(x, "context", to) for x, to in zip(pieces, moves, strict=True)]
+    return jax.numpy.concatenate(moved, axis=1)
 
 
 def _mapped(model: Model, f, weights, batch, out):

@@ -18,6 +18,8 @@ from jaxllm.sharding import Sharding
 from jaxllm.train.answers import answered
 from jaxllm.train.method import Text
 from jaxllm.train.reference import frozen_model, version_of
+from jaxllm.train.rows import outputs
+from jaxllm.train.step import traced_on
 
 
 class Distillation(Text):
@@ -71,14 +73,14 @@ class Teacher:
 
     def _teach(self, batch: TokenBatch):
         if self._step is None:
-            length, options = batch.tokens_BT.shape[1], dict(config=self.config, vocab=self.vocab)
+            length, says = batch.tokens_BT.shape[1], functools.partial(teach, config=self.config, vocab=self.vocab)
             model, params = frozen_model(self.config.teacher, self.sharding, self.tokenizer, "distill.teacher", length)
             if model.config.vocab < self.vocab:
                 raise SettingsError(
                     f"distill.teacher={self.config.teacher} has a vocabulary of {model.config.vocab:,}, and the "
                     f"student of {self.vocab:,}; set model.vocab={model.config.vocab}"
                 )
-            step = jax.jit(lambda params, batch: teach(model, params, batch, **options))
+            step = jax.jit(traced_on(model, lambda params, batch: outputs(model, says, params, batch)))
             self._step = lambda batch: step(params, batch)
         return self._step(batch)
 

@@ -1,0 +1,104 @@
+"""What a model says of each position, each device on its own parts of the rows: as one device says it."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+
+from jaxllm.model.build import build
+from jaxllm.objectives.distill import DistillConfig, teach
+from jaxllm.objectives.logprobs import token_logprobs
+from jaxllm.sharding import ParallelConfig, make_sharding
+from jaxllm.train.rows import outputs
+
+CONFIGS = {
+    "dense": tiny.config({"window": 9}, vocab_multiple=8),
+    "moe": tiny.config(moe={"shared_ffw": 16, "experts": 8}, vocab_multiple=8),
+}
+CASES = [
+    ("dense", {"fsdp": 2, "context": 4}, {}),
+    ("dense", {"context": 2, "tensor": 2}, {}),
+    pytest.param("dense", {"data": 2, "context": 4}, {"context": "ring"}, marks=pytest.mark.slow),
+    pytest.param("dense", {"fsdp": 8}, {}, marks=pytest.mark.slow),
+    ("moe", {"expert": 4, "context": 2}, {}),
+]
+TEACH = functools.partial(teach, config=DistillConfig(teacher="-", top_k=5, temperature=2.0), vocab=tiny.VOCAB)
+
+
+def on(parallel: dict):
+    """The mesh of these sizes, over as many devices."""
+    return make_sharding(ParallelConfig(**{"fsdp": 1} | parallel), jax.devices()[: math.prod(parallel.values())])
+
+
+def both(model, params, batch):
+    """Log-probabilities of the targets and what a teacher says, of one forward pass each."""
+    return token_logprobs(model, params, batch), *TEACH(model, params, batch)
+
+
+@functools.cache
+def said(kind, parallel, kernels=()):
+    model = build(CONFIGS[kind], on(dict(parallel)), tiny.Kernels(unroll=0, **dict(kernels)))
+    found = jax.jit(lambda params, batch: outputs(model, both, params, batch))
+    return found(tiny.weights(model), model.sharding.batch(tiny.batch(rows=8, length=32)))
+
+
+@pytest.mark.parametrize("kind,parallel,kernels", CASES)
+def test_what_is_said_of_each_position_is_what_one_device_says(kind, parallel, kernels):
+    found, expected = said(kind, tuple(parallel.items()), tuple(kernels.items())), said(kind, (("data", 1),))
+    sharding = on(parallel)
+    for one, other in zip(found, expected, strict=True):
+        assert one.sharding.is_equivalent_to(NamedSharding(sharding.mesh, sharding.rows_spec(2)), one.ndim)
+        assert one.dtype == other.dtype and one.shape == other.shape
+    assert tiny.relative(found[0], expected[0]) < 1e-5 and tiny.relative(found[2], expected[2]) < 1e-5
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("context", [2, 3, 4, 8])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_positions_come_back_in_their_own_order(context, pieces):
+    """Whether devices hold two pieces of a row each, in the balanced order, or one."""
+    sharding = on({"context": context})
+    model, length = build(CONFIGS["dense"], sharding), context * (3 if pieces == 1 else 8)
+    tokens_BT = np.arange(2 * length).reshape(2, length) % tiny.VOCAB
+    seen = []
+
+    def f(model, params, tokens_BT):
+        seen.append(tokens_BT.shape)
+        return tokens_BT, jnp.stack([tokens_BT, -tokens_BT], axis=-1), tokens_BT > 7
+
+    found = jax.jit(lambda tokens_BT: outputs(model, f, {}, tokens_BT))(sharding.batch(tokens_BT))
+    assert seen == [(2, length // context)]
+    np.testing.assert_array_equal(found[0], tokens_BT)
+    np.testing.assert_array_equal(found[1], np.stack([tokens_BT, -tokens_BT], axis=-1))
+    np.testing.assert_array_equal(found[2], tokens_BT > 7)
+
+
+def described(sharding, batch):
+    """Shapes of a batch, with where they lie."""
+
+    def one(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(sharding.mesh, sharding.rows_spec(x.ndim)))
+
+    return jax.tree.map(one, batch)
+
+
+@pytest.mark.parametrize("f", [token_logprobs, TEACH], ids=["reference", "teacher"])
+def test_no_device_holds_the_hidden_states_or_logits_of_a_whole_row(f):
+    """Arrays whose last dimension is that of hidden states or of logits (no other is) are of a device's positions."""
+    config = tiny.config({"heads": 2, "kv_heads": 1, "head": 12}, embed=40, vocab=71, vocab_multiple=8)
+    rows, length, temporaries = 2, 768, {}
+    for context in (1, 8):
+        model = build(config, on({"context": context}), tiny.Kernels(unroll=0))
+        batch = described(model.sharding, tiny.batch(rows=rows, length=length))
+        program = jax.jit(functools.partial(outputs, model, f)).lower(model.abstract, batch).compile()
+        shapes = [tuple(map(int, x.split(","))) for x in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", program.as_text())]
+        positions = [math.prod(x[:-1]) for x in shapes if x[-1] in (config.embed, config.padded_vocab)]
+        assert max(positions) == rows * length // context
+        temporaries[context] = program.memory_analysis().temp_size_in_bytes
+    assert temporaries[8] < 0.5 * temporaries[1], "keys are gathered, a layer at a time; all else is a part"
