@@ -137,7 +137,7 @@ def compile_row(name: str) -> dict[str, Any]:
 
     from jaxllm.plan.bounds import speed_of
     from jaxllm.plan.program import facts
-    from jaxllm.plan.step import make_step
+    from jaxllm.train.estimate.step import make_step
 
     remat = row.remat if isinstance(row.remat, str) else f"[{', '.join(row.remat)}]"
     overrides = [f"model.remat={remat}", f"train.seq_len={row.tokens}", f"train.batch={row.rows * target.devices}"]

@@ -4,8 +4,8 @@ import contextlib
 import os
 
 from jaxllm.plan.read import read
-from jaxllm.plan.step import describe
 from jaxllm.plan.target import parse_target
+from jaxllm.train.estimate.step import describe
 
 ATTN = {"heads": 4, "kv_heads": 2}
 MLP = {"ffw": 384}

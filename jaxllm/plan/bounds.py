@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 from jaxllm import tree
-from jaxllm.plan.attention import kernel_flops
-from jaxllm.plan.estimate import Held, gathered_bytes, layer_bytes
 from jaxllm.plan.program import Program
-from jaxllm.plan.step import Step
 from jaxllm.plan.target import Target
 from jaxllm.plan.traffic import bandwidth
 from jaxllm.plan.work import Work
+from jaxllm.train.estimate.attention import kernel_flops
+from jaxllm.train.estimate.held import Held, gathered_bytes, layer_bytes
+from jaxllm.train.estimate.step import Step
 from jaxllm.train.memory import device_bytes
 
 #: Shares of the peak that are assumed, none of them measured here. Products: what the TPU compiler's own cycles come to

@@ -8,12 +8,12 @@ from typing import Any
 from jaxllm import config as settings_of
 from jaxllm.errors import ResourceError, UserError
 from jaxllm.plan.compiled import memory_of
-from jaxllm.plan.estimate import held_by
-from jaxllm.plan.step import describe
 from jaxllm.plan.target import Target
 from jaxllm.plan.topology import Topology, slices_of
 from jaxllm.sharding import MESH_AXES
 from jaxllm.train.config import RunConfig
+from jaxllm.train.estimate.held import held_by
+from jaxllm.train.estimate.step import describe
 from jaxllm.train.memory import size
 
 LESS_STATE = "choose chips with more memory, train adapters (lora.rank=16), or set optim.name=adafactor"

@@ -23,10 +23,10 @@ from jaxllm.model.cache import Cache, make_cache
 from jaxllm.plan.bounds import ASSUMED, Bound, network_bounds, seconds_of
 from jaxllm.plan.compiled import Compiled, compile_for, memory_of, needed, share_of
 from jaxllm.plan.fits import smallest_slice
-from jaxllm.plan.step import abstract_sharding, changes_of
 from jaxllm.plan.target import Target
 from jaxllm.sharding import Sharding, make_sharding
 from jaxllm.train.config import RunConfig
+from jaxllm.train.estimate.step import abstract_sharding, changes_of
 from jaxllm.train.memory import device_bytes, size
 
 #: What a phase says where it was not compiled and devices share the work.

@@ -13,15 +13,15 @@ from jaxllm import tree
 from jaxllm.model.build import active_parameters
 from jaxllm.plan.bounds import ASSUMED, Bound, compute_bound, kernels_flops, memory_bound, network_bounds, seconds_of
 from jaxllm.plan.compiled import Compiled, compile_for, memory_of, needed, share_of
-from jaxllm.plan.estimate import KINDS, Held, held_by, logits_bytes
 from jaxllm.plan.fits import advice
 from jaxllm.plan.prices import Prices
 from jaxllm.plan.program import Program
-from jaxllm.plan.step import Step, changes_of, describe, make_step
 from jaxllm.plan.target import Target
 from jaxllm.plan.traffic import Flow, flows_of
 from jaxllm.plan.work import Work, work_of
 from jaxllm.train.config import RunConfig
+from jaxllm.train.estimate.held import KINDS, Held, held_by, logits_bytes
+from jaxllm.train.estimate.step import Step, changes_of, describe, make_step
 
 #: A program is not compiled where the estimate is beyond the memory of a device by this factor: it would not fit.
 HOPELESS = 1.4

@@ -13,15 +13,15 @@ from typing import Any
 from jaxllm.errors import ResourceError, SettingsError
 from jaxllm.plan.bounds import compute_bound, memory_bound, network_bounds
 from jaxllm.plan.compiled import memory_of, share_of
-from jaxllm.plan.estimate import KINDS, Held, held_by
 from jaxllm.plan.fits import smallest_slice
 from jaxllm.plan.plan import plan, speed_of
-from jaxllm.plan.step import Step, describe, longest
 from jaxllm.plan.target import Target
 from jaxllm.plan.traffic import flows_of
 from jaxllm.plan.work import work_of
 from jaxllm.sharding import MESH_AXES, ParallelConfig
 from jaxllm.train.config import RunConfig
+from jaxllm.train.estimate.held import KINDS, Held, held_by
+from jaxllm.train.estimate.step import Step, describe, longest
 from jaxllm.train.memory import size
 
 #: What layers keep for the backward pass, from the least to the most.

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from jaxllm import tree
 from jaxllm.plan.collectives import wire
-from jaxllm.plan.parts import is_unrolled, tokens_of, ways
-from jaxllm.plan.step import Step
 from jaxllm.plan.target import Target
 from jaxllm.sharding import names_of
+from jaxllm.train.estimate.parts import is_unrolled, tokens_of, ways
+from jaxllm.train.estimate.step import Step
 from jaxllm.weights.axes import is_linear_map
 
 #: Where mesh axes stand: the last one changes first from device to device.

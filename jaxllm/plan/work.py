@@ -10,15 +10,21 @@ import math
 from collections.abc import Iterator
 
 from jaxllm import tree
-from jaxllm.kernels.backend import tracing_for
-from jaxllm.kernels.experts import block_size, rows_needed
 from jaxllm.model.build import VECTORS, active_parameters
-from jaxllm.model.layer import AttnSpec, MoeSpec
+from jaxllm.model.layer import AttnSpec
 from jaxllm.model.spec import ModelConfig
-from jaxllm.plan.attention import attentions
-from jaxllm.plan.parts import is_unrolled, kept_names, microbatch_tokens, slot_of, tokens_of, ways
-from jaxllm.plan.step import Step
 from jaxllm.sharding import Sharding
+from jaxllm.train.estimate.attention import attentions
+from jaxllm.train.estimate.parts import (
+    expert_rows,
+    is_unrolled,
+    kept_names,
+    microbatch_tokens,
+    slot_of,
+    tokens_of,
+    ways,
+)
+from jaxllm.train.estimate.step import Step
 from jaxllm.train.metrics import flops_per_token
 from jaxllm.weights.axes import is_linear_map, sides
 
@@ -116,21 +122,6 @@ def _share(step: Step, path: str, platform: str) -> float:
         moe = slot_of(step.model.config, group, slot).moe
         return expert_rows(step, moe, platform)[1] / microbatch_tokens(step) / moe.experts
     return 1.0
-
-
-def expert_rows(step: Step, moe: MoeSpec, platform: str) -> tuple[float, float]:
-    """`(rows that there is room for, rows that are computed)` on a device in a microbatch, laid out by expert.
-
-    Where experts are split, there is room for the rows of all devices. On CPU all of it is computed (kernels/experts).
-    """
-    own, parts = int(microbatch_tokens(step) * moe.experts_per_token), step.sharding.mesh.shape["expert"]
-    if moe.capacity_factor is not None:
-        own = math.ceil(own * moe.capacity_factor)
-        return own, own
-    with tracing_for(platform):
-        block = block_size(own * parts, moe.experts)
-        room = rows_needed(own * parts, moe.experts // parts, block)
-    return room, room if block > 1 else own
 
 
 def _twice(step: Step) -> bool:

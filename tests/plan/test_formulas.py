@@ -6,13 +6,13 @@ import plans
 import pytest
 
 from jaxllm.errors import SettingsError
-from jaxllm.plan.attention import kernel_of, pairs_of
 from jaxllm.plan.bounds import kernels_flops
 from jaxllm.plan.compiled import needed
-from jaxllm.plan.estimate import held_by
 from jaxllm.plan.plan import compile_step
 from jaxllm.plan.traffic import flows_of
 from jaxllm.plan.work import work_of
+from jaxllm.train.estimate.attention import kernel_of, pairs_of
+from jaxllm.train.estimate.held import held_by
 
 WIDE = {"vocab": 1024, "embed": 128, "context": 512, "layers": 2}
 FSDP, DATA, TENSOR = (

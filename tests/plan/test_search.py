@@ -9,8 +9,8 @@ from jaxllm.errors import ResourceError, SettingsError
 from jaxllm.plan import search as search_module
 from jaxllm.plan.compiled import memory_of
 from jaxllm.plan.search import candidates, meshes, search, show
-from jaxllm.plan.step import describe
 from jaxllm.plan.target import parse_target
+from jaxllm.train.estimate.step import describe
 
 
 @pytest.fixture(scope="module")

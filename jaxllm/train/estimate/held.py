@@ -18,11 +18,10 @@ from jaxllm.model.layer import LayerSpec
 from jaxllm.model.mlp import GATED
 from jaxllm.model.spec import remat_policy_names
 from jaxllm.objectives.lm import chunks_of
-from jaxllm.plan.attention import BACKEND, kernel_of, pairs_of
-from jaxllm.plan.parts import is_unrolled, microbatch_tokens, ways
-from jaxllm.plan.step import Step
-from jaxllm.plan.work import expert_rows
 from jaxllm.sharding import names_of
+from jaxllm.train.estimate.attention import BACKEND, kernel_of, pairs_of
+from jaxllm.train.estimate.parts import expert_rows, is_unrolled, microbatch_tokens, ways
+from jaxllm.train.estimate.step import Step
 from jaxllm.train.memory import device_bytes
 
 #: Arrays that the backward pass of a layer holds at its peak, as multiples of t D and t F (of what a device has of F).

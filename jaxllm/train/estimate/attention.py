@@ -13,8 +13,8 @@ from jaxllm.kernels.backend import tracing_for
 from jaxllm.kernels.reference import Form, PerHead, Where
 from jaxllm.kernels.splash import BLOCK, LANES, fits
 from jaxllm.model.layer import AttnSpec
-from jaxllm.plan.parts import is_unrolled, kept_names, tokens_of, ways
-from jaxllm.plan.step import Step
+from jaxllm.train.estimate.parts import is_unrolled, kept_names, tokens_of, ways
+from jaxllm.train.estimate.step import Step
 
 #: Kernels of attention that only one backend has.
 BACKEND = {"splash": "tpu", "cudnn": "gpu"}

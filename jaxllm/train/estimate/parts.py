@@ -1,9 +1,13 @@
 """What formulas share: what a device has of tokens and weights, and what its program does with layers."""
 
-from jaxllm.model.layer import LayerSpec
+import math
+
+from jaxllm.kernels.backend import tracing_for
+from jaxllm.kernels.experts import block_size, rows_needed
+from jaxllm.model.layer import LayerSpec, MoeSpec
 from jaxllm.model.spec import ModelConfig, remat_policy_names
-from jaxllm.plan.step import Step
 from jaxllm.sharding import Sharding, names_of
+from jaxllm.train.estimate.step import Step
 
 
 def tokens_of(step: Step) -> float:
@@ -15,6 +19,21 @@ def tokens_of(step: Step) -> float:
 def microbatch_tokens(step: Step) -> float:
     """Tokens of a device in a microbatch."""
     return tokens_of(step) / step.config.train.accumulate
+
+
+def expert_rows(step: Step, moe: MoeSpec, platform: str) -> tuple[float, float]:
+    """`(rows that there is room for, rows that are computed)` on a device in a microbatch, laid out by expert.
+
+    Where experts are split, there is room for the rows of all devices. On CPU all of it is computed (kernels/experts).
+    """
+    own, parts = int(microbatch_tokens(step) * moe.experts_per_token), step.sharding.mesh.shape["expert"]
+    if moe.capacity_factor is not None:
+        own = math.ceil(own * moe.capacity_factor)
+        return own, own
+    with tracing_for(platform):
+        block = block_size(own * parts, moe.experts)
+        room = rows_needed(own * parts, moe.experts // parts, block)
+    return room, room if block > 1 else own
 
 
 def ways(sharding: Sharding, axes) -> int:
