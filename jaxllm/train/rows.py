@@ -29,19 +29,26 @@ def sums(model: Model, objective: Objective, params: Params, batch, key) -> tupl
     return _mapped(model, on_a_device, params, batch, PartitionSpec())(params, batch, key)
 
 
-def outputs(model: Model, f: Callable[[Model, Params, Any], Any], params: Params, batch) -> Any:
+def outputs(model: Model, f: Callable[[Model, Params, Any], Any], params: Params, batch, accumulate: int = 1) -> Any:
     """What `f(model, params, batch)` says of each position, `[B, T, ...]`: split as rows are, in their own order.
 
-    Each device computes on its own parts of the rows and holds no more of their hidden states and logits. There `f`
-    sees the positions in the order of `Sharding.order`; what it says of one must not depend on where that lies in an
-    array. `batch`: any tree of arrays `[B]` or `[B, T, ...]`.
+    Each device computes on its own parts of the rows, in `accumulate` microbatches one after another, and holds no more
+    of their hidden states and logits. There `f` sees the positions in the order of `Sharding.order`; what it says of
+    one must not depend on where that lies in an array. `batch`: any tree of arrays `[B]` or `[B, T, ...]`.
     """
+
+    def of_rows(model, params, batch):
+        if accumulate == 1:
+            return f(model, params, batch)
+        found = jax.lax.map(lambda i: f(model, params, _microbatch(batch, accumulate, i)), jax.numpy.arange(accumulate))
+        return jax.tree.map(lambda x: jax.numpy.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+
     if not model.sharding.by_row:
-        return f(model, params, batch)
+        return of_rows(model, params, batch)
     local = model.local
 
     def on_a_device(params, batch, _):
-        return jax.tree.map(lambda x: _in_order(local, x), f(local, params, _balanced(local, batch)))
+        return jax.tree.map(lambda x: _in_order(local, x), of_rows(local, params, _balanced(local, batch)))
 
     return _mapped(model, on_a_device, params, batch, model.sharding.rows_spec(2))(params, batch, None)
 
@@ -126,12 +133,17 @@ def _accumulated(grad, chosen, batch, key, accumulate: int):
     if accumulate == 1:
         return grad(chosen, batch, key)
 
-    def microbatch(i):
-        # Rows i, i + A, ...: the same ones whether rows are split over devices or not.
-        return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:])[:, i], batch)
+    def of(i):
+        return grad(chosen, _microbatch(batch, accumulate, i), jax.random.fold_in(key, i))
+
+    zero = jax.tree.map(jax.numpy.zeros_like, jax.eval_shape(of, 0))
 
     def body(total, i):
-        return jax.tree.map(jax.numpy.add, total, grad(chosen, microbatch(i), jax.random.fold_in(key, i))), None
+        return jax.tree.map(jax.numpy.add, total, of(i)), None
 
-    zero = jax.tree.map(jax.numpy.zeros_like, jax.eval_shape(grad, chosen, jax.eval_shape(microbatch, 0), key))
     return jax.lax.scan(body, zero, jax.numpy.arange(accumulate))[0]
+
+
+def _microbatch(batch, accumulate: int, i):
+    """Rows i, i + A, ...: the same ones whether rows are split over devices or not."""
+    return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:])[:, i], batch)

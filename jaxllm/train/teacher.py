@@ -27,7 +27,8 @@ class Distillation(Text):
 
     def __init__(self, run):
         super().__init__(run)
-        self.teacher = Teacher(run.config.distill, run.config.model, run.sharding, run.tokenizer)
+        config = run.config
+        self.teacher = Teacher(config.distill, config.model, run.sharding, run.tokenizer, config.train.accumulate)
 
     def loss(self):
         return functools.partial(distill, config=self.run.config.distill)
@@ -46,8 +47,10 @@ class Distillation(Text):
 class Teacher:
     """Completes batches; the model is only loaded where the cache does not know a row."""
 
-    def __init__(self, config: DistillConfig, student: ModelConfig, sharding: Sharding, tokenizer: Tokenizer):
-        self.config, self.sharding, self.tokenizer = config, sharding, tokenizer
+    def __init__(
+        self, config: DistillConfig, student: ModelConfig, sharding: Sharding, tokenizer: Tokenizer, accumulate: int
+    ):
+        self.config, self.sharding, self.tokenizer, self.accumulate = config, sharding, tokenizer, accumulate
         if config.cache is not None and jax.process_count() > 1:
             raise SettingsError(f"distill.cache={config.cache} is for one process, not {jax.process_count()}")
         self.vocab, self.count = student.vocab, min(config.top_k, student.vocab)
@@ -80,7 +83,7 @@ class Teacher:
                     f"distill.teacher={self.config.teacher} has a vocabulary of {model.config.vocab:,}, and the "
                     f"student of {self.vocab:,}; set model.vocab={model.config.vocab}"
                 )
-            step = jax.jit(traced_on(model, lambda params, batch: outputs(model, says, params, batch)))
+            step = jax.jit(traced_on(model, lambda params, batch: outputs(model, says, params, batch, self.accumulate)))
             self._step = lambda batch: step(params, batch)
         return self._step(batch)
 

@@ -11,10 +11,12 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 
+from jaxllm.data.store import TokenStore
 from jaxllm.model.build import build
 from jaxllm.objectives.distill import DistillConfig, teach
 from jaxllm.objectives.logprobs import token_logprobs
 from jaxllm.sharding import ParallelConfig, make_sharding
+from jaxllm.train import reference, teacher
 from jaxllm.train.rows import outputs
 
 CONFIGS = {
@@ -57,6 +59,19 @@ def test_what_is_said_of_each_position_is_what_one_device_says(kind, parallel, k
         assert one.dtype == other.dtype and one.shape == other.shape
     assert tiny.relative(found[0], expected[0]) < 1e-5 and tiny.relative(found[2], expected[2]) < 1e-5
     np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_microbatches_say_what_the_batch_says():
+    model = build(CONFIGS["dense"], on({"fsdp": 2, "context": 2}), tiny.Kernels(unroll=0))
+    batch, seen = model.sharding.batch(tiny.batch(rows=8, length=32)), []
+
+    def f(model, params, batch):
+        seen.append(batch.tokens_BT.shape)
+        return token_logprobs(model, params, batch)
+
+    found = jax.jit(lambda params, batch: outputs(model, f, params, batch, accumulate=2))(tiny.weights(model), batch)
+    assert set(seen) == {(2, 16)}
+    assert tiny.relative(found, said("dense", (("data", 1),))[0]) < 1e-5
 
 
 @pytest.mark.parametrize("context", [2, 3, 4, 8])
@@ -102,3 +117,38 @@ def test_no_device_holds_the_hidden_states_or_logits_of_a_whole_row(f):
         assert max(positions) == rows * length // context
         temporaries[context] = program.memory_analysis().temp_size_in_bytes
     assert temporaries[8] < 0.5 * temporaries[1], "keys are gathered, a layer at a time; all else is a part"
+
+
+def test_references_and_teachers_see_a_devices_part_of_the_rows(monkeypatch):
+    """What they make of it lands at the tokens that it is of."""
+    sharding, seen = on({"fsdp": 2, "context": 4}), []
+    model = build(CONFIGS["dense"], sharding)
+
+    def logprobs(model, params, batch):
+        seen.append(batch.tokens_BT.shape)
+        return batch.targets_BT.astype(jnp.float32)
+
+    monkeypatch.setattr(reference, "token_logprobs", logprobs)
+    tokens = np.arange(1, 150)
+    store = TokenStore(
+        name="pairs", tokenizer_hash="", vocab=150, fingerprint="", shards=(tokens.astype(np.uint16),),
+        shard_of=np.zeros(1, np.int32), start_of=np.zeros(1, int), lengths=np.array([149]), bytes=np.array([149]),
+        hashes=np.arange(1),
+    )  # fmt: skip
+    found = reference.reference_of(model, {}, store, length=32, batch=2, truncate="right")
+    assert set(seen) == {(1, 8)}
+    np.testing.assert_array_equal(found[1:], tokens[1:])  # no row holds the first one as a target
+
+    def top(model, params, batch, *, config, vocab):
+        seen.append(batch.tokens_BT.shape)
+        ids_BT1 = batch.tokens_BT[..., None]
+        return ids_BT1, -ids_BT1.astype(jnp.float32)
+
+    monkeypatch.setattr(teacher, "teach", top)
+    monkeypatch.setattr(teacher, "frozen_model", lambda *_: (model, {}))
+    says = teacher.Teacher(DistillConfig(teacher="-", top_k=1), model.config, sharding, None, accumulate=2)
+    batch, seen = sharding.batch(tiny.batch(rows=8, length=32)), []
+    taught = says(batch, 0)
+    assert set(seen) == {(2, 8)}
+    np.testing.assert_array_equal(taught.top_ids_BTN[..., 0], batch.tokens_BT)
+    np.testing.assert_array_equal(-taught.top_logprobs_BTN[..., 0], batch.tokens_BT)
