@@ -3,7 +3,7 @@
 The teacher's most likely tokens come with the batch; all others are one event, so that the divergence is that of two
 proper distributions, and the full one where all tokens are given.
 
-Shapes: B batch, T position, D embed, V vocab, N tokens given, C chunks of the sequence, J positions of a chunk.
+Shapes: B batch, T position, D embed, V vocab, N tokens given, J positions of a chunk.
 """
 
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxllm.config import settings
 from jaxllm.data.batch import TokenBatch
 from jaxllm.model.build import Model, Params
-from jaxllm.objectives.lm import chunks_of, join, router_losses, split
+from jaxllm.objectives.lm import router_losses
+from jaxllm.objectives.logprobs import by_position, logprob
 from jaxllm.weights.bind import bind
 
 
@@ -65,19 +66,14 @@ def distill(model: Model, params: Params, batch: TokenBatch, key=None, *, config
     params = bind(params, key=model.sharding.own_key(key))
     where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
     hidden_BTD, _, aux = model.apply(params, batch.tokens_BT, **where, key=key)
-    head, mask_BT = model.whole_head(model.head(params)), batch.mask_BT.astype(jnp.float32)
+    mask_BT = batch.mask_BT.astype(jnp.float32)
 
-    @jax.checkpoint  # logits of a chunk are computed again in the backward pass
-    def body(total, chunk):
-        hidden, targets, mask, ids, logprobs = chunk
-        logits = model.unembed(head, hidden)
-        ce = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        kl = divergence(logits, ids, logprobs, config.temperature)
-        return jax.tree.map(jnp.add, total, (jnp.sum(ce * mask), jnp.sum(kl * mask))), None
+    def of_chunk(logits_BJV, targets_BJ, ids_BJN, logprobs_BJN):
+        return -logprob(logits_BJV, targets_BJ), divergence(logits_BJV, ids_BJN, logprobs_BJN, config.temperature)
 
-    given = (hidden_BTD, batch.targets_BT, mask_BT, batch.top_ids_BTN, batch.top_logprobs_BTN)
-    xs = tuple(split(x, chunks_of(model, hidden_BTD.shape)) for x in given)
-    ce, kl = jax.lax.scan(body, (jnp.zeros(()), jnp.zeros(())), xs)[0]
+    given = batch.targets_BT, batch.top_ids_BTN, batch.top_logprobs_BTN
+    by_token = by_position(model, of_chunk, model.head(params), hidden_BTD, *given)
+    ce, kl = (jnp.sum(x_BT * mask_BT) for x_BT in by_token)
     loss = (1 - config.weight) * ce + config.weight * config.temperature**2 * kl
     more, metrics = router_losses(aux, mask_BT)
     return loss + more, jnp.sum(mask_BT), {"ce": ce, "kl": kl} | metrics
@@ -103,14 +99,11 @@ def teach(
     """
     where = dict(positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
     hidden_BTD, _, _ = model.apply(params, batch.tokens_BT, **where)
-    head, count = model.whole_head(model.head(params)), min(config.top_k, vocab)
+    count = min(config.top_k, vocab)
 
-    def body(_, hidden):
-        logits = model.unembed(head, hidden)
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -1e30)
-        logprobs = jax.nn.log_softmax(logits / config.temperature)
-        top, ids = jax.lax.top_k(logprobs, count)
-        return None, (ids, top)
+    def of_chunk(logits_BJV):
+        logits_BJV = jnp.where(jnp.arange(logits_BJV.shape[-1]) < vocab, logits_BJV, -1e30)
+        logprobs_BJN, ids_BJN = jax.lax.top_k(jax.nn.log_softmax(logits_BJV / config.temperature), count)
+        return ids_BJN, logprobs_BJN
 
-    found = jax.lax.scan(body, None, split(hidden_BTD, chunks_of(model, hidden_BTD.shape)))[1]
-    return jax.tree.map(join, found)
+    return by_position(model, of_chunk, model.head(params), hidden_BTD)

@@ -110,9 +110,9 @@ def _cross_entropy(how, head, hidden_BTD, targets_BT, mask_BT):
 
 def _forward(how, head, hidden_BTD, targets_BT, mask_BT):
     whole_head, unembed, chunks, z_loss = how
-    parts, rest, merge = _differentiable(head)
-    floating, scatter = jax.vjp(lambda parts: _differentiable(whole_head(merge(parts, rest)))[0], parts)
-    rest = _differentiable(whole_head(head))[1]
+    parts, rest, merge = differentiable(head)
+    floating, scatter = jax.vjp(lambda parts: differentiable(whole_head(merge(parts, rest)))[0], parts)
+    rest = differentiable(whole_head(head))[1]
 
     def body(carry, chunk):
         hidden, targets, mask = chunk
@@ -138,7 +138,7 @@ def _backward(how, saved, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _differentiable(tree):
+def differentiable(tree):
     """`(floating leaves, other leaves, merge)`: integer leaves (quantised weights) have no gradient."""
     leaves, treedef = jax.tree.flatten(tree)
     is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
