@@ -122,7 +122,7 @@ SETTINGS = [
     (["model.vocab=399"], "the tokenizer has 400 pieces and the model a vocabulary of 399; set model.vocab=400"),
     (["data.sources.0.path=nothing.txt"], "no file matches"),
     (["data.sources.0.path=empty.txt"], "empty.txt is empty"),
-    (["data.sources.0.path=latin1.txt"], "latin1.txt: not UTF-8 at byte 5 (0xe9"),
+    (["data.sources.0.path=latin1.txt"], "latin1.txt: line 1, byte 5: not UTF-8 (0xe9"),
     (["data.tokenizer=nowhere"], "nowhere: no such file"),
     (["data.tokenizer=latin1.txt"], "not a SentencePiece model"),
     (["train.batch=12"], "12 rows in a microbatch (batch 12 / accumulate 1) do not divide over 8 devices"),
@@ -321,7 +321,7 @@ def test_eval_refuses_files_it_cannot_read(finished, refused, tmp_path):
     (tmp_path / "empty.txt").touch()
     refused(["no file matches"], "eval", finished.folder, "--data", "nothing.txt")
     refused(["is empty"], "eval", finished.folder, "--data", "empty.txt")
-    refused(["not UTF-8 at byte 3"], "eval", finished.folder, "--data", "latin1.txt")
+    refused(["line 1, byte 3: not UTF-8"], "eval", finished.folder, "--data", "latin1.txt")
 
 
 def test_train_prints_its_result_and_exits_as_the_settings_say_when_preempted(run_file, capsys, monkeypatch, tmp_path):

@@ -7,8 +7,14 @@ from typing import BinaryIO
 
 from etils import epath
 
-from jaxllm.data.sources import remote
+from jaxllm.data.sources import COMPRESSED, remote
 from jaxllm.errors import MissingExtra
+
+__all__ = ["COMPRESSED", "open_binary", "optional"]
+
+#: Bytes that are decompressed at once. A block of 4 bytes may hold 128 KiB (RFC 8878, 3.1.1.2.3), so that these make
+#: at most 64 MiB, where all of a file could make any number.
+SLICE = 1 << 11
 
 
 def open_binary(path: str) -> BinaryIO:
@@ -25,7 +31,7 @@ class _Zstd(io.RawIOBase):
     """Decompresses frame by frame; zstandard's own reader ends without a word where a file was cut off."""
 
     def __init__(self, raw: BinaryIO):
-        self._raw, self._ready = raw, b""
+        self._raw, self._ready, self._held = raw, b"", b""
         self._new = optional("zstandard", "reading .zst files").ZstdDecompressor().decompressobj
         self._frame = None
 
@@ -35,17 +41,23 @@ class _Zstd(io.RawIOBase):
     def readinto(self, buffer) -> int:
         while not self._ready:
             chunk = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            chunk = chunk or self._raw.read(1 << 17)
+            chunk = chunk or self._slice()
             if not chunk:
                 if self._frame is not None and not self._frame.eof:
                     raise EOFError("the last frame is cut off")
                 return 0
             if self._frame is None or self._frame.eof:
                 self._frame = self._new()
-            self._ready = self._frame.decompress(chunk)
+            self._ready = memoryview(self._frame.decompress(chunk))
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
+
+    def _slice(self) -> memoryview:
+        if not self._held:
+            self._held = memoryview(self._raw.read(1 << 17))
+        found, self._held = self._held[:SLICE], self._held[SLICE:]
+        return found
 
     def close(self) -> None:
         self._raw.close()

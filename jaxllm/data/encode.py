@@ -1,5 +1,6 @@
 """Files to documents of ids: text between begin and end, conversations by their template."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -33,29 +34,39 @@ class Encoder:
         """Hash of what the ids of a conversation depend on beside source and tokenizer; none for text."""
         return [self.answers.hash] if self.answers else []
 
-    def __call__(self, path: str, start: int = 0, stop: int | None = None) -> Iterator[Document]:
-        """The documents of one file, or of a range of its bytes. Raises DataError with the file and the place."""
-        made = {"chat": self._chats, "pairs": self._pairs}.get(self.source.format, self._texts)
-        return made(path, start, stop)
+    def __call__(
+        self, path: str, start: int = 0, stop: int | None = None, notes: Counter | None = None
+    ) -> Iterator[Document]:
+        """The documents of one file, or of a range of its bytes. Raises DataError with the file and the place.
 
-    def _texts(self, path: str, start: int, stop: int | None) -> Iterator[Document]:
-        for text in documents(self.source, path, start, stop):
+        `notes`: where to count what is no error (see `readers.NOTES`).
+        """
+        made = {"chat": self._chats, "pairs": self._pairs}.get(self.source.format, self._texts)
+        notes, count = Counter() if notes is None else notes, 0
+        for document in made(path, start, stop, notes):
+            count += 1
+            yield document
+        notes["nothing"] += not count and stop is None
+
+    def _texts(self, path: str, start: int, stop: int | None, notes: Counter) -> Iterator[Document]:
+        for text in documents(self.source, path, start, stop, notes):
             data, ids = text.encode("utf-8"), self.tokenizer.encode(text, bos=True, eos=True)
             # Without a begin-of-text token nothing predicts the first one: its bytes are not in what is measured.
             first = len(self.tokenizer.bytes_of[ids[0]]) if self.tokenizer.bos is None and len(ids) else 0
             yield Document(ids, len(data) - first, text_hash(data))
 
-    def _chats(self, path: str, start: int, stop: int | None) -> Iterator[Document]:
-        for offset, chat in _conversations(path, start, stop):
+    def _chats(self, path: str, start: int, stop: int | None, notes: Counter) -> Iterator[Document]:
+        for offset, chat in _conversations(path, start, stop, notes):
             with located(path, offset):
                 ids_N, marks_N, untrained = self.answers(chat)
+            notes["nul"] += "\0" in chat.text
             yield self._document(ids_N, marks_N, text_hash(chat.key), untrained)
 
-    def _pairs(self, path: str, start: int, stop: int | None) -> Iterator[Document]:
-        for offset, record in records(path, start, stop):
+    def _pairs(self, path: str, start: int, stop: int | None, notes: Counter) -> Iterator[Document]:
+        for offset, both in _both(path, start, stop, notes):
             with located(path, offset):
-                both = pair(record)
                 made = [self.answers(chat) for chat in both]
+            notes["nul"] += any("\0" in chat.text for chat in both)
             ids_N = np.concatenate([one.ids_N for one in made])
             marks_N = np.concatenate([made[0].marks_N * LEARNT, made[1].marks_N * LEARNT | REJECTED])
             yield self._document(ids_N, marks_N, text_hash(both[0].key), sum(one.untrained for one in made))
@@ -69,17 +80,24 @@ def texts(source: Source) -> Iterator[tuple[str, int]]:
     """The text of each document of a source, and the hash by which it is held out."""
     for path in files(source):
         if source.format == "pairs":
-            for _, record in records(path):
-                chosen, rejected = pair(record)
-                yield from ((chat.text, text_hash(chosen.key)) for chat in (chosen, rejected))
+            for _, both in _both(path):
+                yield from ((chat.text, text_hash(both[0].key)) for chat in both)
         elif source.format == "chat":
             yield from ((chat.text, text_hash(chat.key)) for _, chat in _conversations(path))
         else:
             yield from ((text, text_hash(text.encode("utf-8"))) for text in documents(source, path))
 
 
-def _conversations(path: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Conversation]]:
-    for offset, record in records(path, start, stop):
+def _conversations(path: str, *span) -> Iterator[tuple[int, Conversation]]:
+    """`span`: as for `records`."""
+    for offset, record in records(path, *span):
         with located(path, offset):
             chat = conversation(record)
         yield offset, chat
+
+
+def _both(path: str, *span) -> Iterator[tuple[int, tuple[Conversation, Conversation]]]:
+    for offset, record in records(path, *span):
+        with located(path, offset):
+            both = pair(record)
+        yield offset, both

@@ -42,12 +42,15 @@ def entries_of(paths: list[str], old: dict | None, folder: Path) -> list[Entry]:
 
 
 def stat(path: str) -> tuple[int, int]:
-    """Size, and time of the last change in nanoseconds."""
-    if remote(path):
-        found = epath.Path(path).stat()
-        return found.length, int(found.mtime) * 10**9
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
+    """Size, and time of the last change in nanoseconds. Raises DataError where the file is gone."""
+    try:
+        if remote(path):
+            found = epath.Path(path).stat()
+            return found.length, int(found.mtime) * 10**9
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _hash(path: str) -> str:

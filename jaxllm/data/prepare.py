@@ -17,9 +17,9 @@ from jaxllm.config import to_dict
 from jaxllm.data.config import DataConfig
 from jaxllm.data.encode import Encoder, texts
 from jaxllm.data.entries import Entry, entries_of, stat
-from jaxllm.data.readers import require, splittable
+from jaxllm.data.readers import require, splittable, told
 from jaxllm.data.shards import ShardWriter, digest, has_shard
-from jaxllm.data.sources import Source, files, kind, patterns
+from jaxllm.data.sources import Source, kind, matched, patterns
 from jaxllm.data.store import VERSION, TokenStore, heldout_limit, read_meta, write_meta
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DataError, ResourceError
@@ -59,7 +59,7 @@ def prepare_source(
 ) -> TokenStore:
     """One source's token store under `cache`, tokenised as far as it is not there yet."""
     encoder = Encoder(source, tokenizer)
-    paths = files(source)
+    paths, empty = matched(source)
     for path in paths:
         require(source, path)
     settings = {k: v for k, v in to_dict(source).items() if k != "weight"} | {"path": patterns(source)}
@@ -67,7 +67,7 @@ def prepare_source(
     folder.mkdir(parents=True, exist_ok=True)
     old = read_meta(folder)
     entries = entries_of(paths, old, folder)
-    units = _units(source, entries, encoder.template)
+    units = units_of(source, entries, encoder.template)
     wanted = {unit.key: unit for unit in units}
     todo = [unit for key, unit in wanted.items() if not has_shard(folder, key)]
     if todo:
@@ -88,7 +88,11 @@ def prepare_source(
     store = TokenStore.open(folder, tokenizer)
     if not store.documents:
         what = "conversations" if encoder.chat else "text"
-        raise DataError(f"source {source.name}: its {len(paths)} files hold no {what}")
+        raise DataError(f"source {source.name}: no {what} in its {len(paths)} files, such as {paths[0]}")
+    line = told(store.notes)
+    counted = [f"empty files, left out: {empty:,}"] * bool(empty) + [line] * bool(line)
+    if counted:
+        say(f"source {source.name}: {'; '.join(counted)}")
     if store.untrained:
         say(f"source {source.name}: {rewritten(store)}")
     return store
@@ -108,7 +112,7 @@ class Unit:
     bytes: int
 
 
-def _units(source: Source, entries: list[Entry], template: list[str]) -> list[Unit]:
+def units_of(source: Source, entries: list[Entry], template: list[str]) -> list[Unit]:
     """Groups small files and cuts big ones, in the order of the files; does not depend on the number of threads."""
     total = sum(entry.size for entry in entries)
     target = min(LARGE, max(SMALL, 1 << (total // 64).bit_length()))
@@ -173,7 +177,7 @@ def _shard(encoder: Encoder, unit: Unit, folder: Path, stop: threading.Event) ->
     writer = ShardWriter(folder, unit.key, encoder.dtype, chat=encoder.chat)
     try:
         for entry, first, last in unit.spans:
-            for document in encoder(entry.path, first, last):
+            for document in encoder(entry.path, first, last, writer.notes):
                 if stop.is_set():
                     return
                 writer.add(document)

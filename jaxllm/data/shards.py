@@ -4,12 +4,14 @@ KEY.tokens      the ids
 KEY.marks       of conversations: a byte for each id, 1 where it is learnt; in the rejected one of a pair 2 more
 KEY.docs.npy    int64, for each document: ids, bytes, hash; of conversations also the ids to predict, and the turns of
                 the assistant that are not learnt
+KEY.notes.json  what was counted while the files were read (see `readers.NOTES`); absent where there was nothing
 """
 
 import hashlib
 import json
 import os
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +42,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, key: str, dtype: np.dtype, *, chat: bool = False):
         self._folder, self._key, self._dtype, self._docs = folder, key, dtype, []
+        self.notes: Counter = Counter()
         # Names of its own for each writer: two processes that prepare the same text write the same bytes twice.
         name = f"{key}.{uuid.uuid4().hex[:12]}"
         self._temps = {"tokens": folder / f"{name}.tmp"} | ({"marks": folder / f"{name}.marks.tmp"} if chat else {})
@@ -61,6 +64,11 @@ class ShardWriter:
             sync(file)
             self._temps[kind].replace(self._folder / f"{self._key}.{kind}")
         temp = self._temps["tokens"]
+        if notes := +self.notes:
+            with temp.open("w", encoding="utf-8") as file:
+                json.dump(notes, file)
+                sync(file)
+            temp.replace(self._folder / f"{self._key}.notes.json")
         with temp.open("wb") as file:
             np.save(file, np.array(self._docs, np.int64).reshape(-1, 5 if "marks" in self._files else 3))
             sync(file)
@@ -87,6 +95,18 @@ def open_shard(folder: Path, key: str, dtype: np.dtype) -> tuple[np.ndarray, np.
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{path}: damaged shard ({error}); remove the folder and run jaxllm data prepare") from None
     return _map(folder / f"{key}.tokens", dtype, tokens), docs
+
+
+def open_notes(folder: Path, keys: list[str]) -> Counter:
+    """What was counted in these shards. Raises DataError for a damaged file."""
+    notes: Counter = Counter()
+    for key in keys:
+        path = folder / f"{key}.notes.json"
+        try:
+            notes.update(json.loads(path.read_text("utf-8")) if path.exists() else {})
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{path}: damaged shard ({error}); remove the folder and run jaxllm data prepare") from None
+    return notes
 
 
 def open_answers(folder: Path, keys: list[str], opened: list[tuple[np.ndarray, np.ndarray]]) -> dict:

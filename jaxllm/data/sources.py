@@ -13,6 +13,9 @@ from jaxllm.config import settings
 from jaxllm.data import stdlib
 from jaxllm.errors import DataError
 
+#: Ends of the names of compressed files that are read, and of some that are not.
+COMPRESSED = (".gz", ".zst")
+UNREAD = (".xz", ".bz2", ".zip", ".7z", ".lz4", ".br", ".tar", ".tgz", ".tar.gz", ".tar.zst", ".rar")
 #: Formats of conversations.
 TURNS = ("chat", "pairs", "prompts")
 Format = Literal["auto", "text", "jsonl", "parquet", "dataset", "chat", "pairs", "prompts"]
@@ -52,15 +55,21 @@ def files(source: Source) -> list[str]:
 
     Raises DataError for a pattern that matches nothing, or nothing but empty files.
     """
-    found = []
+    return matched(source)[0]
+
+
+def matched(source: Source) -> tuple[list[str], int]:
+    """`files`, and how many empty ones are left out."""
+    found, empty = [], set()
     for pattern in patterns(source):
-        matched = sorted(_expand(pattern, source))
-        full = [path for path in matched if size(path) > 0]
+        paths = sorted(_expand(pattern, source))
+        full = [path for path in paths if size(path) > 0]
         if not full:
-            every = f" (and so are all {len(matched)} files of {pattern})" if matched[1:] else ""
-            raise DataError(f"source {source.name}: {matched[0]} is empty{every}; name files that hold text")
+            every = f" (and so are all {len(paths)} files of {pattern})" if paths[1:] else ""
+            raise DataError(f"source {source.name}: {paths[0]} is empty{every}; name files that hold text")
         found += full
-    return list(dict.fromkeys(found))
+        empty |= set(paths) - set(full)
+    return list(dict.fromkeys(found)), len(empty)
 
 
 def patterns(source: Source) -> list[str]:
@@ -70,7 +79,9 @@ def patterns(source: Source) -> list[str]:
 
 
 def kind(source: Source, path: str) -> str:
-    """`text`, `jsonl`, `parquet`, `arrow` or `chat`: how one file is read."""
+    """`text`, `jsonl`, `parquet`, `arrow` or `chat`: how one file is read. Raises DataError for what is not."""
+    if path.endswith(UNREAD):
+        raise DataError(f"{path}: no such file is read; unpack it, or compress its files as {' or '.join(COMPRESSED)}")
     bare = re.sub(r"\.(gz|zst)$", "", path)
     by_name = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
     found = by_name.get(os.path.splitext(bare)[1], "text")
@@ -85,8 +96,11 @@ def remote(path: str) -> bool:
 
 
 def size(path: str) -> int:
-    """Bytes of one file."""
-    return epath.Path(path).stat().length if remote(path) else os.path.getsize(path)
+    """Bytes of one file. Raises DataError where it cannot be read."""
+    try:
+        return epath.Path(path).stat().length if remote(path) else os.path.getsize(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _expand(pattern: str, source: Source) -> Iterator[str]:
@@ -147,10 +161,24 @@ def _dataset(folder: str, source: Source) -> list[str]:
                 f"choose one by a glob, such as {folder}/**/train*"
             )
         if found:
+            _complete(folder, found, source)
             return found
     raise DataError(
         f"source {source.name}: no .arrow, .parquet or .jsonl file in the folder {folder}; name files by a glob"
     )
+
+
+def _complete(folder: str, found: list[str], source: Source) -> None:
+    """Raises DataError where files are numbered, as `train-00001-of-00004.parquet` is, and one is missing."""
+    numbered = [m for path in found if (m := re.match(r"(.*-)(\d{5})(-of-(\d{5}).*)", path))]
+    for before, after, count in sorted({(m[1], m[3], int(m[4])) for m in numbered}):
+        for number in range(count):
+            if (path := f"{before}{number:05}{after}") not in found:
+                there = sum((m[1], m[3]) == (before, after) for m in numbered)
+                raise DataError(
+                    f"source {source.name}: {path} is missing: {folder} holds {there} of {count} files; fetch it, or "
+                    "name by a glob the files to read without it"
+                )
 
 
 #: A split's name at the start of a path inside a dataset folder, after an optional `data/`.

@@ -9,17 +9,18 @@ import hashlib
 import json
 import time
 import uuid
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from jaxllm.data.shards import LEARNT, REJECTED, digest, open_answers, open_shard, sync
+from jaxllm.data.shards import LEARNT, REJECTED, digest, open_answers, open_notes, open_shard, sync
 from jaxllm.errors import DataError
 
 #: Part of each store's folder name: a change of format or of how text is cut makes new shards, and reads no old ones.
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,10 @@ class TokenStore:
 
     pairs: bool = False
     """whether a document is a pair of conversations, the chosen and then the rejected one"""
+    notes: Counter = field(default_factory=Counter)
+    """what was counted while the files were read, of all of the store (see `readers.NOTES`)"""
+    folder: Path | None = None
+    """where it lies; None for one that was not opened"""
 
     @classmethod
     def open(cls, folder: str | Path, tokenizer=None) -> "TokenStore":
@@ -77,6 +82,8 @@ class TokenStore:
             hashes=np.concatenate([docs[:, 2] for _, docs in opened]),
             **(open_answers(folder, meta["shards"], opened) if meta.get("chat") else {}),
             pairs=meta["source"]["format"] == "pairs",
+            notes=open_notes(folder, meta["shards"]),
+            folder=folder,
         )
 
     @property
@@ -177,7 +184,7 @@ def write_meta(folder: Path, meta: dict) -> None:
         json.dump({"version": VERSION, **meta}, file, indent=1)
         sync(file)
     temp.replace(folder / "store.json")
-    for path in [*folder.glob("*.tokens"), *folder.glob("*.marks"), *folder.glob("*.docs.npy")]:
+    for path in [path for ends in ("tokens", "marks", "docs.npy", "notes.json") for path in folder.glob(f"*.{ends}")]:
         if path.name.split(".")[0] not in meta["shards"]:
             path.unlink(missing_ok=True)
     for path in folder.glob("*.tmp"):

@@ -91,6 +91,15 @@ ROWS: tuple[Row, ...] = (
         "Files in object stores.",
     ),
     Row(
+        10,
+        "bad data",
+        "Text, records, conversations, compressed files and tables with something wrong in them are refused with the "
+        "file, the line and the byte, or are read by a stated policy, and what it left out or kept is counted in the "
+        "log; memory stays bounded, also by lines without an end and decompression bombs.",
+        "baddata:bad_data",
+        "Memory is what Python holds; the rows that a table's own writer put into one group are read together.",
+    ),
+    Row(
         11,
         "typos in settings",
         "Settings with one wrong letter are refused, and the one that was meant is named.",

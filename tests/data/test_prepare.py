@@ -142,7 +142,7 @@ def test_killed_run_keeps_finished_shards(folder, tokenizer):
 
 def test_stopped_by_an_error_nothing_half_written_is_used(folder, tokenizer):
     (folder / "07.txt").write_bytes(b"fine\n" * 99 + b"\xff")
-    with pytest.raises(DataError, match="07.txt: not UTF-8 at byte 495"):
+    with pytest.raises(DataError, match="07.txt: line 100, byte 495: not UTF-8"):
         run(folder, tokenizer)
     assert not list((folder / "cache").glob("*/*.tmp")) and not list((folder / "cache").glob("*/store.json"))
     (folder / "07.txt").write_text("mended\n")
@@ -215,7 +215,7 @@ def test_progress_ends_at_the_whole(folder, tokenizer):
 
 def test_no_text_at_all(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("\n\n")
-    with pytest.raises(DataError, match="source notes: its 1 files hold no text"):
+    with pytest.raises(DataError, match="source notes: no text in its 1 files, such as"):
         run(tmp_path, tokenizer, document="blank_line")
 
 
