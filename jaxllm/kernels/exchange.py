@@ -47,26 +47,42 @@ def plan(counts_E: jax.Array, axis: str, block: int) -> tuple[Exchange, jax.Arra
 
     Sizes are padded to whole blocks of rows (`kernels.experts`).
     """
-    W, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    L = counts_E.shape[0] // W
     counts_WE = jax.lax.all_gather(counts_E, axis)
+    return laid_out(axis, jnp.cumsum(counts_WE, axis=1) - counts_WE, counts_WE, block)
+
+
+def laid_out(axis: str, first_WE: jax.Array, counts_WE: jax.Array, block: int) -> tuple[Exchange, jax.Array]:
+    """`plan` for slices that begin at `first_WE` among the rows of each device, so many rows each."""
+    W, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    L = counts_WE.shape[1] // W
     sizes_E = -(-jnp.sum(counts_WE, axis=0) // block) * block
     sizes_WL = sizes_E.reshape(W, L)
     starts_E = (jnp.cumsum(sizes_WL, axis=1) - sizes_WL).reshape(-1)
     before_WE = jnp.cumsum(counts_WE, axis=0) - counts_WE
-    there_WE = starts_E + before_WE
-    first_WE = jnp.cumsum(counts_WE, axis=1) - counts_WE
+    return _between(axis, me, L, first_WE, counts_WE, starts_E + before_WE), sizes_WL[me]
+
+
+def of_slots(axis: str, owner_WS: jax.Array) -> Exchange:
+    """For a row for each slot of each device, `[W S]`, on all devices: that of the owner comes to the slot; W: none."""
+    W, S = owner_WS.shape
+    counts_WN = (owner_WS.reshape(-1) == jnp.arange(W)[:, None]).astype(jnp.int32)
+    place_N = jnp.arange(W * S, dtype=jnp.int32)
+    first_WN, there_WN = (jnp.broadcast_to(x_N, (W, W * S)) for x_N in (place_N, place_N % S))
+    return _between(axis, jax.lax.axis_index(axis), S, first_WN, counts_WN, there_WN)
+
+
+def _between(axis: str, me, L: int, first_WE, counts_WE, there_WE) -> Exchange:
+    """What device `me` sends and receives, of all that all devices do."""
     mine = lambda x_WE: jax.lax.dynamic_slice_in_dim(x_WE, me * L, L, axis=1).reshape(-1)  # noqa: E731
-    exchange = Exchange(
+    return Exchange(
         axis,
         first_E=first_WE[me],
-        counts_E=counts_E,
+        counts_E=counts_WE[me],
         there_E=there_WE[me],
         from_N=mine(first_WE),
         counts_N=mine(counts_WE),
         here_N=mine(there_WE),
     )
-    return exchange, sizes_WL[me]
 
 
 def _ragged(axis: str, x, rows: int, slices, incoming):

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxllm.kernels import exchange
+from jaxllm.kernels import exchange, lending
 from jaxllm.kernels.experts import block_size, rows_needed
 from jaxllm.model.mlp import GATED, Mlp, activate
 from jaxllm.model.param import normal, zeros
-from jaxllm.model.spec import MlpSpec, ModelConfig, MoeSpec
+from jaxllm.model.spec import Kernels, MlpSpec, ModelConfig, MoeSpec
 from jaxllm.sharding import Sharding
 from jaxllm.weights.seam import einsum, grouped_matmul, unwrap
 
@@ -61,15 +61,21 @@ class Moe(nnx.Module):
             shared = MlpSpec(ffw=spec.shared_ffw, activation=spec.activation, bias=spec.bias)
             self.shared = Mlp(shared, config, rngs)
 
-    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array, sharding: Sharding) -> tuple[jax.Array, MoeAux]:
+    def __call__(
+        self, x_BTD: jax.Array, real_BT: jax.Array, sharding: Sharding, kernels: Kernels | None = None
+    ) -> tuple[jax.Array, MoeAux]:
         """`(y_BTD, aux)`; `real_BT` marks the tokens that count in the losses and take capacity."""
         logits_BTE = einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.router)
         if self.spec.router_bias:
             logits_BTE = logits_BTE + unwrap(self.router_bias)
         scores_BTE = jax.nn.softmax(logits_BTE) if self.spec.score == "softmax" else jax.nn.sigmoid(logits_BTE)
         chosen_BTX, gates_BTX = self._choose(scores_BTE)
-        mix = self._dropless if self.spec.capacity_factor is None else self._with_capacity
-        y_BTD, kept_BTX = mix(x_BTD, chosen_BTX, gates_BTX.astype(x_BTD.dtype), real_BT, sharding.across("expert"))
+        choice, axis = (chosen_BTX, gates_BTX.astype(x_BTD.dtype)), sharding.across("expert")
+        if self.spec.capacity_factor is None:
+            lends = kernels is not None and kernels.experts == "lend"
+            y_BTD, kept_BTX = self._dropless(x_BTD, *choice, axis, sharding.by_row if lends else ())
+        else:
+            y_BTD, kept_BTX = self._with_capacity(x_BTD, *choice, real_BT, axis)
         if self.spec.shared_ffw:
             y_BTD = y_BTD + self.shared(x_BTD)
         return checkpoint_name(y_BTD, "mlp_out"), self._aux(
@@ -98,10 +104,11 @@ class Moe(nnx.Module):
         allowed = jnp.any(jax.nn.one_hot(chosen, spec.groups, dtype=bool), axis=2)
         return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(ranking_BTE.shape)
 
-    def _dropless(self, x_BTD, chosen_BTX, gates_BTX, real_BT, axis: str | None):
+    def _dropless(self, x_BTD, chosen_BTX, gates_BTX, axis: str | None, lend: tuple[str, ...]):
         """Every choice is computed: rows are sorted by expert and multiplied group by group.
 
-        `axis`: the mesh axis whose devices hold an equal part of the experts each; rows travel there and back.
+        `axis`: the mesh axis whose devices hold an equal part of the experts each; rows travel there and back. `lend`:
+        the mesh axes over which devices agree whether hot experts travel as well; none where they never do.
         """
         B, T, D = x_BTD.shape
         X, E = self.spec.experts_per_token, self.spec.experts
@@ -117,20 +124,28 @@ class Moe(nnx.Module):
             ways = jax.lax.axis_size(axis)
             block = block_size(rows * ways, E)
             slot_R, counts_E = _layout(chosen_BTX.reshape(-1), E, 1)
-            travel, sizes_E = exchange.plan(counts_E, axis, block)
+            if lend:
+                travel, sizes_E, borrowed = lending.plan(counts_E, axis, block, lend)
+            else:
+                (travel, sizes_E), borrowed = exchange.plan(counts_E, axis, block), None
             token_R = jnp.zeros(rows, jnp.int32).at[slot_R].set(jnp.arange(rows, dtype=jnp.int32) // X)
-            x_MD = travel.out(flat[token_R], rows_needed(rows * ways, E // ways, block))
-            y_RD = travel.back(self._grouped(x_MD, sizes_E, block), rows)[slot_R]
+            x_MD = travel.out(flat[token_R], rows_needed(rows * ways, sizes_E.shape[0], block))
+            y_RD = travel.back(self._grouped(x_MD, sizes_E, block, borrowed), rows)[slot_R]
         return jnp.einsum("BTXD,BTX->BTD", y_RD.reshape(B, T, X, D), gates_BTX), jnp.ones(chosen_BTX.shape, bool)
 
-    def _grouped(self, x_MD, sizes_E, block: int):
-        """The experts on rows laid out expert-major."""
+    def _grouped(self, x_MD, sizes_E, block: int, borrowed: lending.Borrowed | None = None):
+        """The experts on rows laid out expert-major: those at hand, then those that are borrowed."""
+
+        def all_of(weight):
+            return weight if borrowed is None else borrowed.widen(unwrap(weight), x_MD.dtype)
 
         def spread(bias):
             expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_MD.shape[0]), side="right")
-            return jnp.take(bias, expert_M, axis=0, mode="clip")  # nobody reads the rows after the last expert's
+            return jnp.take(
+                all_of(bias), expert_M, axis=0, mode="clip"
+            )  # nobody reads the rows after the last expert's
 
-        return self._experts(lambda x, w: grouped_matmul(x, w, sizes_E, block=block), spread, x_MD)
+        return self._experts(lambda x, w: grouped_matmul(x, all_of(w), sizes_E, block=block), spread, x_MD)
 
     def _with_capacity(self, x_BTD, chosen_BTX, gates_BTX, real_BT, axis: str | None):
         """Each expert takes at most C tokens of a row, in order of choice, then position (GShard, arXiv 2006.16668).

@@ -132,6 +132,11 @@ class ModelConfig:
         return self.prefix + self.pattern * self.periods + self.suffix
 
     @property
+    def dropless(self) -> bool:
+        """Whether some layer has experts that compute all rows that choose them."""
+        return any(spec.moe is not None and spec.moe.capacity_factor is None for spec in self.layer_specs)
+
+    @property
     def padded_vocab(self) -> int:
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
 
@@ -146,6 +151,9 @@ class Kernels:
     context: Literal["gather", "ring"] = "gather"
     """Where parallel.context splits rows: gather brings all keys and values of a row to each device, ring passes them
     around, so that a device holds its own and those of one other."""
+    experts: Literal["wait", "lend"] = "wait"
+    """Where parallel.expert splits experts and some get more rows than others: wait leaves rows to the device of their
+    expert, lend brings weights of hot experts to devices with less to do, whenever that should be faster."""
     unroll: int | None = None
     """Up to this many layers run unrolled, more are scanned; null means 8 on CPU (8 to 20 % faster), 0 elsewhere."""
     cache: Literal["float", "int8"] = "float"

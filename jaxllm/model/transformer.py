@@ -61,7 +61,7 @@ class Block(nnx.Module):
         if self.spec.mlp is not None:
             h = self.mlp(h)
         else:
-            h, aux = self.moe(h, context.real_BT, context.sharding)
+            h, aux = self.moe(h, context.real_BT, context.sharding, context.kernels)
         return self._add(x_BTD, h, "mlp", context, keys[1]), cache, aux
 
     def _before(self, x_BTD, part: str):

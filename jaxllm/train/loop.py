@@ -21,7 +21,7 @@ from jaxllm.data.prepare import prepare
 from jaxllm.data.store import digest
 from jaxllm.errors import CheckpointError, SettingsError
 from jaxllm.model.build import Model, active_parameters, build
-from jaxllm.model.spec import Kernels
+from jaxllm.model.spec import Kernels, ModelConfig
 from jaxllm.optim.optimizers import make_optimizer
 from jaxllm.optim.schedules import make_schedule
 from jaxllm.sharding import Sharding, join_processes, make_sharding
@@ -54,7 +54,8 @@ def train(config: RunConfig, *, quiet: bool = False) -> Result:
     try:
         if folder.resumed:  # a new run takes its folder when it first writes there
             first_says(lambda: folder.lock() if folder.path.is_dir() else None)
-        return Trainer(config, folder, show).run()
+        with memory.explained(config):
+            return Trainer(config, folder, show).run()
     finally:
         show.close()
         folder.unlock()
@@ -68,7 +69,7 @@ class Trainer:
         check_same({"set of settings": shared(config)})
         self.sharding = make_sharding(config.parallel)
         self.stages = config.train.resolved_stages
-        check_ring(config.kernels, self.sharding)
+        check_kernels(config.kernels, config.model, self.sharding)
         for stage in self.stages:
             check_batch(stage, config.train.accumulate, self.sharding)
             rows = stage.batch // config.train.accumulate // self.sharding.batch_size
@@ -374,10 +375,23 @@ def check_batch(stage: Stage, accumulate: int, sharding: Sharding) -> None:
         )
 
 
-def check_ring(kernels: Kernels, sharding: Sharding) -> None:
-    """Raises SettingsError for a ring of keys and values where no devices share a row."""
+def check_kernels(kernels: Kernels, model: ModelConfig, sharding: Sharding) -> None:
+    """Raises SettingsError for a ring of keys and values where no devices share a row, and for experts on loan where
+    no devices share experts, or each takes as many rows as the others."""
     if kernels.context == "ring" and sharding.mesh.shape["context"] == 1:
         raise SettingsError(
             "kernels.context=ring, but parallel.context=1 leaves rows whole; set parallel.context=2 or more, or "
             "kernels.context=gather"
+        )
+    if kernels.experts != "lend":
+        return
+    if sharding.mesh.shape["expert"] == 1:
+        raise SettingsError(
+            "kernels.experts=lend, but with parallel.expert=1 every device has all experts; set parallel.expert=2 or "
+            "more, or kernels.experts=wait"
+        )
+    if not model.dropless:
+        raise SettingsError(
+            "kernels.experts=lend, but no layer of the model has experts without a capacity_factor, and with one all "
+            "compute as many rows; set kernels.experts=wait"
         )

@@ -20,6 +20,8 @@ from jaxllm.train.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Wr
 log = logging.getLogger("jaxllm")
 
 
+#: Steps in a row with an expert above twice its share after which a run says what would help.
+CROWDED = 100
 #: What is said beside a held-out loss.
 BESIDE = {"bits_per_byte": "bits per byte", "heldout_accuracy": "of the pairs in the right order"}
 
@@ -42,6 +44,9 @@ class Recorder:
         self.lagged, self.meter = Lagged(), Meter(self.steps, peak)
         self.best: float | None = None
         self.since_best = 0
+        self.crowded = 0
+        """Steps in a row with an expert above twice its share."""
+        self.waits = config.parallel.expert != 1 and config.kernels.experts == "wait" and config.model.dropless
         self.problem: str | None = None
         """Why the run cannot go on."""
         self.writers: list[Writer] = []
@@ -107,11 +112,21 @@ class Recorder:
         if step % self.config.log.every == 0:
             self._write(step, row)
         self.show.update(step, row)
+        self._look_at_experts(metrics.get("expert_load_max", 0.0))
         if metrics["skipped_in_row"] >= self.config.train.max_skipped and self.problem is None:
             self.problem = (
                 f"step {step}: the gradient was not finite in {metrics['skipped_in_row']:.0f} steps in a row "
                 f"(train.max_skipped); the weights have not changed since step {step - metrics['skipped_in_row']:.0f}. "
                 "Lower optim.lr in another run folder, or look at the data with `jaxllm data inspect`"
+            )
+
+    def _look_at_experts(self, load: float) -> None:
+        self.crowded = self.crowded + 1 if load > 2 else 0
+        if self.crowded == CROWDED and self.waits:
+            self.waits = False
+            self.show.say(
+                f"an expert had more than twice its share of rows in {CROWDED} steps (expert_load_max {load:.1f}), and "
+                "other devices wait for its own: kernels.experts=lend lets them help"
             )
 
     def _write(self, step: int, row: dict[str, float]) -> None:

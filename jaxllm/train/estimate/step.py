@@ -20,7 +20,7 @@ from jaxllm.optim.optimizers import make_optimizer
 from jaxllm.sharding import MESH_AXES, RULES, ParallelConfig, Sharding, _sizes, make_sharding
 from jaxllm.train.config import RunConfig, Stage
 from jaxllm.train.init import check_trainable, origin_of
-from jaxllm.train.loop import check_batch, check_ring
+from jaxllm.train.loop import check_batch, check_kernels
 from jaxllm.train.step import TrainState, abstract_state, make_train_step
 
 
@@ -59,6 +59,16 @@ def describe(config: RunConfig, devices: int, slices: int = 1) -> Step:
     return _step(config, abstract_sharding(config.parallel, devices, slices))
 
 
+def varied(step: Step, config: RunConfig) -> Step:
+    """The step of settings that leave its state as it is: other rematerialisation, microbatches or dtype.
+
+    Raises SettingsError for microbatches that do not divide over the devices.
+    """
+    check_batch(step.stage, config.train.accumulate, step.sharding)
+    model = dataclasses.replace(step.model.config, remat=config.model.remat, dtype=config.model.dtype)
+    return dataclasses.replace(step, config=config, model=dataclasses.replace(step.model, config=model))
+
+
 def abstract_sharding(parallel: ParallelConfig, devices: int, slices: int = 1) -> Sharding:
     """Mesh and rules by numbers alone. Raises SettingsError for a mesh that does not fit or that wastes devices."""
     sizes = dict(zip(MESH_AXES, _mesh_sizes(parallel, devices), strict=True))
@@ -87,7 +97,7 @@ def _mesh_sizes(parallel: ParallelConfig, devices: int) -> tuple[int, ...]:
 def _step(config: RunConfig, sharding: Sharding) -> Step:
     stage = longest(config)
     check_batch(stage, config.train.accumulate, sharding)
-    check_ring(config.kernels, sharding)
+    check_kernels(config.kernels, config.model, sharding)
     changes = changes_of(config)
     model = after(build(stage.model(config.model), sharding, config.kernels), changes)
     pattern = trainable(config.train.trainable, changes)
