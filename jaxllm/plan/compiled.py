@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import re
 import time
 from typing import Any
 
@@ -11,10 +10,7 @@ import jax
 from jaxllm.plan.bounds import speed_of
 from jaxllm.plan.program import Memory, Program, facts
 from jaxllm.plan.target import Target
-
-#: What the TPU compiler writes where a program is too large: "Used 38.62G of 31.25G hbm", or "the total memory required
-#: for HLO temporaries (38.62G) exceeds available HBM (31.25G)"; both count arguments, too.
-USED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])")
+from jaxllm.train.memory import is_exhausted, used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +38,9 @@ def compile_for(lower, mesh, target: Target) -> Compiled:
     try:
         compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_exhausted(error):
             raise
-        used = USED.search(str(error))
-        needs = float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1) if used else None
-        return Compiled(None, time.perf_counter() - start, needs)
+        return Compiled(None, time.perf_counter() - start, used(str(error)))
     seconds = time.perf_counter() - start
     return Compiled(facts(compiled, mesh, target.chip, speed_of(target, dict(mesh.shape))), seconds)
 

@@ -12,8 +12,9 @@ from jaxllm.plan.target import Target
 from jaxllm.plan.topology import Topology, slices_of
 from jaxllm.sharding import MESH_AXES
 from jaxllm.train.config import RunConfig
-from jaxllm.train.estimate.held import held_by
-from jaxllm.train.estimate.step import describe
+from jaxllm.train.estimate.advice import Place, Saving, aimed, listed, ways_to_fit
+from jaxllm.train.estimate.held import Held, held_by
+from jaxllm.train.estimate.step import Step, describe
 from jaxllm.train.memory import size
 
 LESS_STATE = "choose chips with more memory, train adapters (lora.rank=16), or set optim.name=adafactor"
@@ -21,7 +22,23 @@ SHORTER_ROWS = "lower train.seq_len, or split rows with parallel.context"
 
 
 def advice(config: RunConfig, found: dict[str, Any], target: Target) -> str:
-    """What to do where a plan does not fit: both sizes, what takes the room, and the smallest slice that would do."""
+    """What to do where a plan does not fit: both sizes, what takes the room, what is larger, and settings that help."""
+    return "\n".join([_place(config, found, target), *_named(found["ways"])])
+
+
+def ways(step: Step, held: Held, memory: dict[str, Any], target: Target) -> list[list[dict[str, Any]]]:
+    """What would make a plan fit on its devices: overrides, each by itself or several together, and what they save."""
+    place = Place(target.devices, target.platform, memory["capacity"], target.slices, grows=False)
+    found = ways_to_fit(step.config, aimed(place, held, max(memory["total"], held.total)))
+    return [[{"overrides": list(x.overrides), "saves": x.saves, "total": x.total} for x in way] for way in found]
+
+
+def _named(found: list[list[dict[str, Any]]]) -> list[str]:
+    return listed([tuple(Saving(**one | {"overrides": tuple(one["overrides"])}) for one in way) for way in found])
+
+
+def _place(config: RunConfig, found: dict[str, Any], target: Target) -> str:
+    """What does not fit where, and the smallest slice that would do."""
     memory = found["memory"]
     kinds = sorted(memory["kinds"].items(), key=lambda item: -item[1])
     listed = ", ".join(f"{name} {size(value)}" for name, value in kinds if value > 0.05 * memory["total"])

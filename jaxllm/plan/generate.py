@@ -33,6 +33,10 @@ from jaxllm.train.memory import device_bytes, size
 UNKNOWN = "no bound of networks: what devices send each other is known of compiled programs alone"
 
 
+#: What the kinds of memory are called.
+CALLED = {"parameters": "parameters", "cache": "key-value cache", "temporaries": "temporaries"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What is generated: rows at a time, and how many tokens each has in the end, prompt included."""
@@ -292,8 +296,6 @@ def _flops_per_token(shapes: Generation, phase: str) -> float:
 
 def show(found: dict[str, Any]) -> str:
     """The dict of `plan_generation` as lines."""
-    from jaxllm.plan.show import NAMES
-
     where, run, memory = found["topology"], found["run"], found["memory"]
     mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
     changed = f", {', '.join(run['changes'])}" if run["changes"] else ""
@@ -307,7 +309,7 @@ def show(found: dict[str, Any]) -> str:
     of = f" of {size(memory['capacity'])}, {memory['total'] / memory['capacity']:.0%}"
     lines += ["", f"memory of a device, by {memory['source']}: {size(memory['total'])}{of}"]
     lines += [f"  ({memory['capacity_how']})"] * bool(memory["capacity_how"])
-    lines += [f"  {NAMES[kind]:<18}{size(value):>12}" for kind, value in memory["kinds"].items() if value]
+    lines += [f"  {CALLED[kind]:<18}{size(value):>12}" for kind, value in memory["kinds"].items() if value]
     for phase, what in (("decode", "a token of each row"), ("prefill", "a part of each prompt")):
         if (one := found[phase]) is None:
             continue

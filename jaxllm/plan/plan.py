@@ -13,14 +13,14 @@ from jaxllm import tree
 from jaxllm.model.build import active_parameters
 from jaxllm.plan.bounds import ASSUMED, Bound, compute_bound, kernels_flops, memory_bound, network_bounds, seconds_of
 from jaxllm.plan.compiled import Compiled, compile_for, memory_of, needed, share_of
-from jaxllm.plan.fits import advice
+from jaxllm.plan.fits import advice, ways
 from jaxllm.plan.prices import Prices
 from jaxllm.plan.program import Program
 from jaxllm.plan.target import Target
 from jaxllm.plan.traffic import Flow, flows_of
 from jaxllm.plan.work import Work, work_of
 from jaxllm.train.config import RunConfig
-from jaxllm.train.estimate.held import KINDS, Held, held_by, logits_bytes
+from jaxllm.train.estimate.held import Held, divided, held_by, logits_bytes, most_of
 from jaxllm.train.estimate.step import Step, changes_of, describe, make_step
 
 #: A program is not compiled where the estimate is beyond the memory of a device by this factor: it would not fit.
@@ -68,6 +68,7 @@ def plan(
     found["training"] = _training(step, found, target, tokens, prices)
     found["formulas"] = formulas(step, found, target)
     if not found["memory"]["fits"]:
+        found["ways"] = ways(step, held, found["memory"], target)
         found["advice"] = advice(config, found, target)
     return found
 
@@ -109,15 +110,15 @@ def counted(step: Step) -> tuple[int, int]:
 
 
 def _memory(step: Step, held: Held, compiled: Compiled | None, capacity, target: Target) -> dict[str, Any]:
-    estimate = {kind: getattr(held, kind) for kind in KINDS}
     program = compiled and compiled.program
     memory = program and program.memory
-    kinds = divided(held, needed(memory, target.platform)) if memory else estimate
+    kinds = divided(held, needed(memory, target.platform)) if memory else held.kinds
     total = sum(kinds.values())
     if compiled and compiled.needs:
         total = compiled.needs
     return {
         "kinds": kinds,
+        "most": most_of(held, kinds),
         "total": total,
         "capacity": capacity,
         "capacity_how": share_of(target),
@@ -125,21 +126,9 @@ def _memory(step: Step, held: Held, compiled: Compiled | None, capacity, target:
         "source": "the compiled program" if memory else "the compiler's refusal" if compiled else "formulas",
         "moment": held.moment,
         "logits_of_a_chunk": logits_bytes(step, target.platform),
-        "estimate": {"total": held.total, "kinds": estimate, "error": held.total / total - 1 if memory else None},
+        "estimate": {"total": held.total, "kinds": held.kinds, "error": held.total / total - 1 if memory else None},
         "compiled": memory and dataclasses.asdict(memory) | {"total": memory.total},
     }
-
-
-def divided(held: Held, total: float) -> dict[str, float]:
-    """What a compiled program needs, by kind: state as it is, the rest as it is estimated, and what is left."""
-    kinds = {kind: getattr(held, kind) for kind in KINDS}
-    known = sum(kinds[kind] for kind in KINDS if kind != "temporaries")
-    if known <= total:
-        return kinds | {"temporaries": total - known}
-    state = sum(kinds[kind] for kind in ("parameters", "optimizer", "batch"))
-    share = max(0.0, total - state) / max(known - state, 1.0)
-    scaled = {kind: kinds[kind] * share for kind in ("gradients", "activations", "logits", "gathered")}
-    return kinds | scaled | {"temporaries": 0.0}
 
 
 def _flops(step: Step, work: Work, program: Program | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from jaxllm.plan.work import work_of
 from jaxllm.sharding import MESH_AXES, ParallelConfig
 from jaxllm.train.config import RunConfig
 from jaxllm.train.estimate.held import KINDS, Held, held_by
-from jaxllm.train.estimate.step import Step, describe, longest
+from jaxllm.train.estimate.step import Step, describe, longest, varied
 from jaxllm.train.memory import size
 
 #: What layers keep for the backward pass, from the least to the most.
@@ -176,7 +176,7 @@ def candidates(config: RunConfig, target: Target, fixed: frozenset[str] = frozen
         micros = [micro] if "train.accumulate" in fixed else _divisors(rows)
         for remat, accumulate, dtype in itertools.product(remats, micros, dtypes):
             try:
-                yield judged(_vary(step, remat, accumulate, dtype), target)
+                yield judged(varied(step, _with(config, parallel, remat, accumulate, dtype)), target)
             except SettingsError as error:  # a kernel that lacks the dtype
                 refused = _with(config, parallel, remat, accumulate, dtype)
                 yield Candidate(refused, None, refused=str(error))
@@ -224,13 +224,6 @@ def _with(config: RunConfig, parallel: ParallelConfig, remat, accumulate: int, d
     model = dataclasses.replace(config.model, remat=remat, dtype=dtype)
     train = dataclasses.replace(config.train, accumulate=accumulate)
     return dataclasses.replace(config, model=model, train=train, parallel=parallel)
-
-
-def _vary(step: Step, remat, accumulate: int, dtype: str) -> Step:
-    """The step with other settings that leave its state as it is."""
-    config = _with(step.config, step.config.parallel, remat, accumulate, dtype)
-    model = dataclasses.replace(step.model, config=dataclasses.replace(step.model.config, remat=remat, dtype=dtype))
-    return dataclasses.replace(step, config=config, model=model)
 
 
 def judged(step: Step, target: Target) -> Candidate:

@@ -2,20 +2,8 @@
 
 from typing import Any
 
+from jaxllm.train.estimate.held import NAMES, table
 from jaxllm.train.memory import size
-
-#: What the kinds of memory are called.
-NAMES = {
-    "parameters": "parameters",
-    "optimizer": "optimizer state",
-    "batch": "batch",
-    "gradients": "gradients",
-    "activations": "activations",
-    "logits": "logits, head",
-    "gathered": "gathered weights",
-    "temporaries": "temporaries",
-    "cache": "key-value cache",
-}
 
 
 def show(found: dict[str, Any]) -> str:
@@ -55,11 +43,7 @@ def _memory(found) -> str:
     lines = [f"memory of a device, by {memory['source']}: {size(total)}{of}" + " (too much)" * (not memory["fits"])]
     if memory["capacity_how"]:
         lines.append(f"  ({memory['capacity_how']})")
-    for kind, value in memory["kinds"].items():
-        if value:
-            lines.append(f"  {NAMES[kind]:<18}{size(value):>12}")
-    if not memory["kinds"].get("logits") and memory.get("logits_of_a_chunk"):
-        lines.append(f"  (logits of a chunk: {size(memory['logits_of_a_chunk'])}, at another moment than the peak)")
+    lines += table(memory["kinds"], memory["most"])
     if memory["estimate"]["error"] is not None:
         estimate = memory["estimate"]
         lines.append(f"  formulas say {size(estimate['total'])}, {estimate['error']:+.1%}")

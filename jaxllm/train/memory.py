@@ -1,14 +1,40 @@
-"""Will it fit? Bytes a device needs for the state, before anything is made, and for the compiled step."""
+"""Will it fit? Bytes a device needs for the state, before anything is made, and for the compiled step.
+
+What does not fit, and what runs out of memory all the same, becomes one error: a table of what a device holds, and
+settings that would make it fit (`estimate/advice.py`).
+"""
+
+import contextlib
+import re
+import typing
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import psutil
 
 from jaxllm import tree
-from jaxllm.errors import ResourceError
+from jaxllm.errors import ResourceError, UserError
 from jaxllm.model.spec import ModelConfig
+from jaxllm.sharding import make_sharding
+
+if typing.TYPE_CHECKING:
+    from jaxllm.train.config import RunConfig
 
 STEP_ADVICE = "raise train.accumulate, set model.remat=full, or lower train.batch or train.seq_len"
+
+
+#: What the TPU compiler writes where a program is too large: "Used 38.62G of 31.25G hbm", or "the total memory required
+#: for HLO temporaries (38.62G) exceeds available HBM (31.25G)"; both count arguments, too.
+USED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])")
+
+
+class Shortage(ResourceError):
+    """Too little memory on a device, in a line; `total` is what the compiler says that a step needs, where it does."""
+
+    def __init__(self, text: str, capacity: float | None, total: float | None = None):
+        super().__init__(text)
+        self.capacity, self.total = capacity, total
 
 
 def device_bytes(abstract) -> int:
@@ -61,14 +87,61 @@ def check_step(compiled) -> None:
     if analysis is not None:
         fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         parts = {"activations and other temporaries": analysis.temp_size_in_bytes, "outputs": max(0, fresh)}
-        _check(parts, STEP_ADVICE)
+        _check(parts, STEP_ADVICE, there=analysis.argument_size_in_bytes)
 
 
-def _check(parts: dict[str, int], advice: str) -> None:
+def _check(parts: dict[str, int], advice: str, there: int | None = None) -> None:
+    """`there`: bytes of what exists already, where `parts` are all that comes to it."""
     need, have = sum(parts.values()), available()
     if have is not None and need > have:
         listed = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
-        raise ResourceError(f"too little memory: a device needs {size(need)} ({listed}) and has {size(have)}; {advice}")
+        text = f"too little memory: a device needs {size(need)} ({listed}) and has {size(have)}; {advice}"
+        raise Shortage(text, have + (there or 0), None if there is None else need + there)
+
+
+@contextlib.contextmanager
+def explained(config: "RunConfig") -> Iterator[None]:
+    """Too little memory within the block, found by a check or run into, is said with what is needed and what helps.
+
+    Raises ResourceError in the place of Shortage, of an error of XLA, and, on CPU, of MemoryError.
+    """
+    room = available()
+    try:
+        yield
+    except Shortage as error:
+        raise ResourceError(_with_advice(config, str(error), error.capacity, error.total)) from error
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not is_exhausted(error):
+            raise
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        text = f"out of memory: {first}" + ("" if room is None else f"; a device had {size(room)} at the start")
+        raise ResourceError(_with_advice(config, f"{text}; {STEP_ADVICE}", room, used(str(error)))) from error
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Whether an error says that a device has no memory left; on CPU that is what MemoryError says."""
+    if isinstance(error, MemoryError):
+        return jax.default_backend() == "cpu"
+    return "RESOURCE_EXHAUSTED" in str(error) or "bad_alloc" in str(error)
+
+
+def used(text: str) -> float | None:
+    """Bytes that the TPU compiler says a program would need, where it does not fit."""
+    found = USED.search(text)
+    return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else None
+
+
+def _with_advice(config: "RunConfig", text: str, capacity: float | None, total: float | None) -> str:
+    """The text with a table and settings that help; alone where formulas do not know the run or the device."""
+    from jaxllm.train.estimate.advice import Place, explain
+
+    if capacity is None:
+        return text
+    place = Place(make_sharding(config.parallel).mesh.size, jax.default_backend(), capacity)
+    try:
+        return explain(config, text, place, total)
+    except UserError:  # settings that the step itself refused would have been said before
+        return text
 
 
 def size(count: float) -> str:

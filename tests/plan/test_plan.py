@@ -13,11 +13,12 @@ from jaxllm.errors import MissingExtra, ResourceError, SettingsError
 from jaxllm.plan import plan as plan_module
 from jaxllm.plan.bounds import ASSUMED
 from jaxllm.plan.fits import check_fits, smallest_slice
-from jaxllm.plan.plan import divided, plan
+from jaxllm.plan.plan import plan
 from jaxllm.plan.prices import Prices, read_prices
 from jaxllm.plan.show import chart, show
 from jaxllm.plan.target import parse_target
 from jaxllm.plan.traffic import bandwidth, flows_of
+from jaxllm.train.estimate.held import divided, held_by, most_of
 
 NUMBER, TEXT = {"type": "number"}, {"type": "string"}
 MAYBE = {"type": ["number", "null"]}
@@ -44,6 +45,7 @@ SCHEMA = holds(
         "memory": holds(
             {
                 "kinds": holds({kind: NUMBER for kind in KINDS}),
+                "most": holds({kind: NUMBER for kind in KINDS}),
                 "total": NUMBER,
                 "capacity": NUMBER,
                 "capacity_how": {"type": ["string", "null"]},
@@ -151,7 +153,10 @@ def test_what_a_person_reads():
     for words in (
         "8,030,261,248 parameters",
         "memory of a device",
+        "at the peak     at most",
         "optimizer state",
+        "gradients",
+        "logits, head",
         "all-gather",
         "MFU",
         "chip-hours",
@@ -178,11 +183,12 @@ def test_the_plan_of_cpu_devices_is_of_the_compiled_step(tmp_path):
 @pytest.mark.fast
 def test_kinds_of_a_compiled_program_sum_up_to_it():
     step, target = plans.described("llama3.1-8b", "h100:8x4")
-    held = plan_module.held_by(step, "gpu")
+    held = held_by(step, "gpu")
     for total in (0.5 * held.total, held.total, 2 * held.total):
-        kinds = divided(held, total)
+        kinds, most = divided(held, total), most_of(held, divided(held, total))
         assert sum(kinds.values()) == pytest.approx(max(total, held.parameters + held.optimizer + held.batch))
         assert kinds["parameters"] == held.parameters and min(kinds.values()) >= 0
+        assert all(kinds[kind] <= most[kind] <= max(total, kinds[kind]) for kind in kinds)
 
 
 @pytest.mark.fast
@@ -203,6 +209,35 @@ def test_what_does_not_fit_names_the_smallest_slice_that_would_do():
     for smaller in ("v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4"):
         if parse_target(smaller).chips < there.chips:
             assert not plan(config, parse_target(smaller), compiles=False)["memory"]["fits"]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "model, topology, words",
+    [
+        ("llama3.1-8b", "v6e:2x4", ["train.batch=64"]),
+        ("llama3.1-8b", "h100:8", ["train.batch=8", "parallel.data=8", "parallel.fsdp=1"]),
+        ("mixtral-8x7b", "v5p:2x2x2", ["parallel.data=2", "parallel.fsdp=4"]),
+        ("llama3.1-70b", "h100:8", ["train.init=absent"]),
+        ("llama3.1-70b", "v5p:2x2x1", ["train.batch=64", "train.ema=0.99"]),
+    ],
+)
+def test_what_does_not_fit_names_settings_that_do_with_the_saving_of_each(model, topology, words):
+    target = parse_target(topology)
+    found = planned(model, topology, *words, compiles=False)
+    total, capacity = found["memory"]["total"], found["memory"]["capacity"]
+    assert found["ways"] and json.dumps(found)
+    for way in found["ways"]:
+        need, told = total, list(words)
+        for one in way:
+            told += one["overrides"]
+            assert "  ".join([" ".join(one["overrides"]), ""]) in found["advice"]
+            there = planned(model, topology, *told, compiles=False)["memory"]
+            assert one["saves"] == pytest.approx(need - there["total"]) and one["total"] == pytest.approx(
+                there["total"]
+            )
+            need = there["total"]
+        assert there["fits"] and need <= capacity, target.name
 
 
 @pytest.mark.fast

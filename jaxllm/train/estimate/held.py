@@ -9,6 +9,7 @@ Shapes: t tokens of a device in a microbatch, D embed, F ffw, V vocab.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxllm.sharding import names_of
 from jaxllm.train.estimate.attention import BACKEND, kernel_of, pairs_of
 from jaxllm.train.estimate.parts import expert_rows, is_unrolled, microbatch_tokens, ways
 from jaxllm.train.estimate.step import Step
-from jaxllm.train.memory import device_bytes
+from jaxllm.train.memory import device_bytes, size
 
 #: Arrays that the backward pass of a layer holds at its peak, as multiples of t D and t F (of what a device has of F).
 WIDE, DEEP = 5.0, 6.0
@@ -33,6 +34,19 @@ LOGITS = {"cpu": 3.0, "gpu": 2.0, "tpu": 1.25}
 SCORES = 2.2
 #: Heads that TPUs keep are padded to whole lanes.
 LANES = 128
+
+
+#: What the kinds of memory are called, in the order in which they are shown.
+NAMES = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "activations": "activations",
+    "logits": "logits, head",
+    "temporaries": "temporaries",
+    "gathered": "gathered weights",
+    "batch": "batch",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +67,30 @@ class Held:
     temporaries: float
     moment: str
     """Where the peak is: loss, layer or embedding."""
+    most: Mapping[str, float]
+    """Each kind at its own largest moment; they are not there at once."""
+
+    @property
+    def kinds(self) -> dict[str, float]:
+        """Bytes by kind at the peak."""
+        return {name: getattr(self, name) for name in KINDS}
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, name) for name in KINDS)
+        return sum(self.kinds.values())
+
+    @property
+    def state(self) -> float:
+        """What is there before and after the step."""
+        return self.parameters + self.optimizer + self.batch
 
     @property
     def beside_state(self) -> float:
         """What the compiler calls temporaries."""
-        return self.total - self.parameters - self.optimizer - self.batch
+        return self.total - self.state
 
 
-KINDS = tuple(field.name for field in dataclasses.fields(Held) if field.name != "moment")
+KINDS = tuple(field.name for field in dataclasses.fields(Held) if field.name not in ("moment", "most"))
 
 
 def held_by(step: Step, platform: str) -> Held:
@@ -81,9 +107,38 @@ def held_by(step: Step, platform: str) -> Held:
         "embedding": dict(gradients=gradients, temporaries=embedding),
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = dict.fromkeys(("gradients", "activations", "logits", "gathered", "temporaries"), 0.0) | moments[moment]
-    rest = device_bytes(state) - device_bytes(state.params)
-    return Held(device_bytes(state.params), rest, device_bytes(step.batch), **parts, moment=moment)
+    parts = dict.fromkeys(("gradients", "activations", "logits", "gathered", "temporaries"), 0.0)
+    most = {kind: max(one.get(kind, 0.0) for one in moments.values()) for kind in parts}
+    weights = device_bytes(state.params)
+    there = {"parameters": weights, "optimizer": device_bytes(state) - weights, "batch": device_bytes(step.batch)}
+    return Held(**there, **parts | moments[moment], moment=moment, most=there | most)
+
+
+def divided(held: Held, total: float) -> dict[str, float]:
+    """What a compiled program needs, by kind: state as it is, the rest as it is estimated, and what is left."""
+    kinds = held.kinds
+    known = sum(kinds[kind] for kind in KINDS if kind != "temporaries")
+    if known <= total:
+        return kinds | {"temporaries": total - known}
+    share = max(0.0, total - held.state) / max(known - held.state, 1.0)
+    scaled = {kind: kinds[kind] * share for kind in ("gradients", "activations", "logits", "gathered")}
+    return kinds | scaled | {"temporaries": 0.0}
+
+
+def most_of(held: Held, kinds: Mapping[str, float]) -> dict[str, float]:
+    """Each kind at its own largest moment, of a program that needs `kinds` at its peak: never more than all of it."""
+    beside = max(0.0, sum(kinds.values()) - held.state)
+    return {kind: max(size_, min(held.most[kind], beside)) for kind, size_ in kinds.items()}
+
+
+def table(kinds: Mapping[str, float], most: Mapping[str, float]) -> list[str]:
+    """Bytes by kind as lines. What is never there is left out, but for the kinds that every step has."""
+    lines = [f"  {'':<18}{'at the peak':>12}{'at most':>12}"]
+    always = ("parameters", "gradients", "optimizer", "activations", "logits", "temporaries")
+    for kind, name in NAMES.items():
+        if kind in always or most[kind]:
+            lines.append(f"  {name:<18}{size(kinds[kind]):>12}{size(most[kind]):>12}")
+    return lines
 
 
 def _size(step: Step, platform: str) -> int:
