@@ -349,6 +349,19 @@ def test_a_ring_without_parts_of_rows_is_refused(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "parallel, model, said",
+    [
+        ({}, small.MOE, r"but with parallel\.expert=1 every device has all experts.*kernels\.experts=wait"),
+        ({"expert": 2, "fsdp": 4}, small.MODEL, r"but no layer of the model has experts without a capacity_factor"),
+    ],
+)
+def test_experts_that_nobody_could_lend_are_refused(parallel, model, said, corpus, tmp_path):
+    with pytest.raises(SettingsError, match=r"kernels\.experts=lend, " + said):
+        train(corpus, tmp_path / "run", kernels__experts="lend", parallel=parallel, model=model)
+    assert not (tmp_path / "run").exists()
+
+
 def test_init_from_a_run_with_another_tokenizer_is_refused(finished, corpus, tmp_path):
     changes = {"data__tokenizer": None, "data__vocab": 399, "train__init": str(finished.folder)}
     with pytest.raises(CheckpointError, match="another tokenizer .*data.tokenizer"):

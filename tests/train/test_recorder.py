@@ -120,3 +120,20 @@ def test_a_sample_is_what_runs_are_compared_by(make):
     recorder = make(train__patience=1)
     assert not recorder.evaluated(1, 1, {"heldout_loss_sample": 2.0, "bits_per_byte_sample": 1.0})
     assert recorder.best == 2.0
+
+
+@pytest.mark.parametrize("experts, expert, times", [("wait", 2, 1), ("lend", 2, 0), ("wait", 1, 0)])
+def test_a_crowded_expert_is_said_once_where_lending_would_help(make, experts, expert, times):
+    """100 steps in a row above twice the share; one step below it starts the count anew."""
+    recorder = make(kernels={"experts": experts}, parallel={"expert": expert}, model=small.MOE, train__steps=400)
+    said = []
+    recorder.show.say = said.append
+    load = [3.0] * 99 + [1.9] + [3.0] * 99
+    for step, value in enumerate(load + [2.1] * 2 + [1.0] + [3.0] * 150, start=1):
+        if step == len(load) + 1:
+            recorder.flush()
+            assert not said
+        metrics = {name: jnp.int32(0) for name in ("skipped", "skipped_in_row")}
+        recorder.push(step, metrics | {"expert_load_max": jnp.float32(value)}, tokens=1, flops=1.0, tokens_in_all=step)
+    recorder.flush()
+    assert [("kernels.experts=lend" in line, "2.1" in line) for line in said] == [(True, True)] * times
