@@ -62,12 +62,12 @@ def laid_out(axis: str, first_WE: jax.Array, counts_WE: jax.Array, block: int) -
     return _between(axis, me, L, first_WE, counts_WE, starts_E + before_WE), sizes_WL[me]
 
 
-def of_slots(axis: str, owner_WS: jax.Array) -> Exchange:
-    """For a row for each slot of each device, `[W S]`, on all devices: that of the owner comes to the slot; W: none."""
+def to_slots(axis: str, owner_WS: jax.Array, index_WS: jax.Array) -> Exchange:
+    """Brings the row at `index` of the device `owner` to each slot of each device; nothing where the owner is W."""
     W, S = owner_WS.shape
     counts_WN = (owner_WS.reshape(-1) == jnp.arange(W)[:, None]).astype(jnp.int32)
-    place_N = jnp.arange(W * S, dtype=jnp.int32)
-    first_WN, there_WN = (jnp.broadcast_to(x_N, (W, W * S)) for x_N in (place_N, place_N % S))
+    slot_N = jnp.arange(W * S, dtype=jnp.int32) % S
+    first_WN, there_WN = (jnp.broadcast_to(x_N, (W, W * S)) for x_N in (index_WS.reshape(-1), slot_N))
     return _between(axis, jax.lax.axis_index(axis), S, first_WN, counts_WN, there_WN)
 
 

@@ -8,6 +8,7 @@ Shapes: W devices, E experts, L = E / W experts of a device, S slots of a device
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -122,20 +123,38 @@ class Borrowed:
     def _wide(self, x_L):
         S = self.loans.expert_WS.shape[1]
         nothing = lambda x_L: jnp.zeros((S, *x_L.shape[1:]), x_L.dtype)  # noqa: E731
-        return jnp.concatenate([x_L, jax.lax.cond(self.made, self._travel, nothing, x_L)])
+        lent = lambda x_L: _travel(self.axis, x_L.shape[0], x_L, self.loans)  # noqa: E731
+        return jnp.concatenate([x_L, jax.lax.cond(self.made, lent, nothing, x_L)])
 
-    def _travel(self, x_L):
-        """`[S, ...]`. A copy for each loan is sent, so that the derivative sums what comes back for each expert."""
-        (W, S), L, me = self.loans.expert_WS.shape, x_L.shape[0], jax.lax.axis_index(self.axis)
-        real_WS = self.loans.high_WS > self.loans.low_WS
-        owner_WS = jnp.where(real_WS, self.loans.expert_WS // L, W)
-        copies = x_L[(self.loans.expert_WS % L).reshape(-1)]
-        if platform() == "cpu":  # XLA has no ragged all-to-all there
-            sent = copies.reshape(W, S, *x_L.shape[1:])
-            came = jax.lax.all_to_all(sent, self.axis, 0, 0, tiled=True)
-            mine = came[jnp.minimum(owner_WS[me], W - 1), jnp.arange(S)]
-            return jnp.where(real_WS[me].reshape(S, *[1] * (x_L.ndim - 1)), mine, jnp.zeros_like(mine))
-        return exchange.of_slots(self.axis, owner_WS).out(copies, S)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _travel(axis: str, held: int, x_L, loans: Loans):
+    """`x_S`, what is borrowed here, of the arrays of the `held` experts of each device.
+
+    The derivative in the words of JAX would be wrong: an expert that is lent twice must sum what comes back.
+    """
+    owner_WS, index_WS = _places(loans, held)
+    return exchange.to_slots(axis, owner_WS, index_WS).out(x_L, owner_WS.shape[1])
+
+
+def _places(loans: Loans, held: int):
+    """`(owner, its place there)` of the expert in each slot; the owner is W where nothing is borrowed."""
+    lent_WS = loans.high_WS > loans.low_WS
+    return jnp.where(lent_WS, loans.expert_WS // held, lent_WS.shape[0]), loans.expert_WS % held
+
+
+def _travel_back(axis, held, loans: Loans, dx_S):
+    if not jnp.issubdtype(dx_S.dtype, jnp.floating):  # codes of a quantised weight
+        return None, None
+    owner_WS, index_WS = _places(loans, held)
+    W, S = owner_WS.shape
+    apart = exchange.to_slots(axis, owner_WS, jnp.arange(W * S, dtype=jnp.int32).reshape(W, S))
+    came_N = apart.back(dx_S, W * S).astype(jnp.float32)  # zeros, but for slots that hold what is lent from here
+    zeros = jnp.zeros((held, *dx_S.shape[1:]), jnp.float32)
+    return zeros.at[index_WS.reshape(-1)].add(came_N).astype(dx_S.dtype), None
+
+
+_travel.defvjp(lambda axis, held, x_L, loans: (_travel(axis, held, x_L, loans), loans), _travel_back)
 
 
 def _names(weight):

@@ -121,14 +121,14 @@ def test_slices_of_rows_are_what_a_ragged_all_to_all_takes(kind, block):
 
 @pytest.mark.parametrize("kind", ["one", "two of a device", "zipf"])
 def test_slices_of_weights_are_what_a_ragged_all_to_all_takes(kind):
-    """The copy for each slot goes from the owner of its expert to the slot, and from nobody else."""
+    """The expert of each slot comes from its owner, and from nobody else."""
     loans = lending.Loans(*(x[0] for x in planned(kind, 1)[-2]))
     S, L = loans.expert_WS.shape[1], E // W
     real = loans.high_WS > loans.low_WS
     owner = np.where(real, loans.expert_WS // L, W)
 
     def f(x):
-        plan = exchange.of_slots("expert", jnp.asarray(owner))
+        plan = exchange.to_slots("expert", jnp.asarray(owner), jnp.asarray(loans.expert_WS % L))
         parts = (plan.first_E, plan.counts_E, plan.there_E, plan.from_N, plan.counts_N, plan.here_N)
         return tuple(x[None] for x in parts)
 
@@ -136,9 +136,8 @@ def test_slices_of_weights_are_what_a_ragged_all_to_all_takes(kind):
     got = np.full((W, S), -1)
     for s, i in np.ndindex(W, W * S):
         if sent[s, i]:
-            copies = np.where(loans.expert_WS.reshape(-1) // L == s, loans.expert_WS.reshape(-1), -2)
             assert sent[s, i] == 1 and got[i // S, there[s, i]] == -1
-            got[i // S, there[s, i]] = copies[first[s, i]]
+            got[i // S, there[s, i]] = s * L + first[s, i]
         receiver, slot = i // S, s * S + i % S
         assert (came[receiver, slot], here[receiver, slot]) == (sent[s, i], there[s, i])
         assert began[receiver, slot] == first[s, i]
