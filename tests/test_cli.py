@@ -371,6 +371,12 @@ def test_tokenizer_and_data_verbs(corpus, run_file, capsys):
     assert cli.main(["data", "inspect", run_file, "--rows", "1"]) == 0
     out = capsys.readouterr().out
     assert [out.count(f"source {name}:") for name in ("code", "code-heldout", "prose", "prose-heldout")] == [1] * 4
+    assert cli.main(["data", "inspect", run_file, "--step", "2"]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^row (\d+), of (?:code|prose)$", out, re.M) == [str(row) for row in range(8, 16)]
+    assert re.search(rf"document \d+, tokens [\d,]+ to [\d,]+: {corpus}/(code|prose)-\d+.txt\n", out)
+    assert cli.main(["data", "inspect", run_file, "--step", "0"]) == 2
+    assert "step 0 is none of the run, whose steps are 1 to" in capsys.readouterr().err
 
 
 @pytest.mark.fast

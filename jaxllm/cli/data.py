@@ -78,6 +78,9 @@ def add_data(verbs):
         if name == "inspect":
             verb.add_argument("--rows", type=int, default=2, help="documents and rows to show (default 2)")
             verb.add_argument(
+                "--step", type=int, help="show the documents that a step of the run reads, and where they stand"
+            )
+            verb.add_argument(
                 "--chat", action="store_true", help="show conversations, and which of their tokens are learnt"
             )
             verb.add_argument(
@@ -109,6 +112,8 @@ def data_prepare(args) -> None:
 def data_inspect(args) -> None:
     from jaxllm.data.inspect import inspect, inspect_chat
 
+    if args.step is not None:
+        return _inspect_step(args)
     if args.tokenizer is not None:
         refuse_ignored("data inspect shows a file only with --chat", ["tokenizer"] * (not args.chat))
         tokenizer, stores, options = *_chat_file(args), {}
@@ -124,6 +129,17 @@ def data_inspect(args) -> None:
         options["color"] = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     show = inspect_chat if args.chat else inspect
     print("\n\n".join(show(store, tokenizer, args.rows, **options) for store in stores.values()))
+
+
+def _inspect_step(args) -> None:
+    from jaxllm.data.inspect import inspect_rows
+    from jaxllm.train.streams import make_streams, rows_of_step
+
+    refuse_ignored("data inspect --step shows documents", ["chat"] * args.chat + ["tokenizer"] * bool(args.tokenizer))
+    settings, tokenizer, stores = _prepared(args)
+    stages = settings.train.resolved_stages
+    index, rows = rows_of_step(stages, args.step)
+    print(inspect_rows(make_streams(settings.data, stages, stores)[index], rows, tokenizer))
 
 
 def _chat_file(args):

@@ -1,10 +1,13 @@
 """What the data looks like, as text for people."""
 
+from collections.abc import Iterable
 from itertools import groupby
 
 import numpy as np
 
 from jaxllm.data.answers import Answers
+from jaxllm.data.mixture import Mixture
+from jaxllm.data.origin import held, places_of
 from jaxllm.data.pack import Rows
 from jaxllm.data.prepare import rewritten
 from jaxllm.data.store import TokenStore
@@ -30,6 +33,20 @@ def inspect(store: TokenStore, tokenizer: Tokenizer, n: int = 2, *, length: int 
     for segment in range(1, int(row.segments.max()) + 1):
         tokens = row.tokens[row.segments == segment]
         lines += [f"  segment {segment}: {len(tokens)} tokens", "    " + _show(tokenizer, tokens[:24])]
+    return "\n".join(lines)
+
+
+def inspect_rows(stream: Mixture, rows: Iterable[int], tokenizer: Tokenizer) -> str:
+    """The documents that rows of a stream hold, where they stand in the files, and how their parts begin."""
+    lines, last = [], None
+    for one in held(stream, rows):
+        if one.row != last:
+            lines.append(f"row {one.row}, of {one.store.name}")
+        last = one.row
+        stop = one.first + one.count + 1
+        part = "" if one.count + 1 >= one.store.lengths[one.document] else f", tokens {one.first:,} to {stop:,}"
+        lines.append(f"  document {one.document}{part}: {places_of(one.store, [one.document])[0]}")
+        lines.append("    " + _show(tokenizer, one.store.doc(one.document, one.first, min(stop, one.first + 24))))
     return "\n".join(lines)
 
 

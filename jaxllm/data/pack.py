@@ -111,8 +111,12 @@ class Rows:
 
     def row(self, r: int) -> Row:
         """Row r of the stream; costs two binary searches at most, except for the first row of an epoch."""
+        return self._fill(self.pieces(r))
+
+    def pieces(self, r: int) -> list[Piece]:
+        """`(document, first pair, pairs)` of what row r of the stream holds."""
         epoch, k = divmod(r, self.per_epoch)
-        return self._fill(self.layout.pieces(self._order(epoch), k))
+        return self.layout.pieces(self._order(epoch), k)
 
     def _order(self, epoch: int) -> Order:
         """The order of an epoch, kept for two of them: prefetching reads ahead into the next one."""

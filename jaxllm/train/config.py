@@ -1,5 +1,6 @@
 """Settings of a run, whole: what `jaxllm train RUN.yaml` prints and saves."""
 
+import math
 from typing import Any
 
 from jaxllm import config as settings_of
@@ -93,7 +94,10 @@ class TrainConfig:
     """Looks at the first batch before the first step: conversations that see each other, a prompt that is learnt,
     frozen weights that move stop the run. Null checks where a source holds conversations."""
     max_skipped: int = 10
-    """Stop after this many steps in a row whose gradient was not finite."""
+    """Stop after this many steps in a row that were skipped: the gradient was not finite, or a spike."""
+    skip_spikes: float | None = None
+    """Skip steps whose gradient norm is this many standard deviations above the mean of the last 128 (6 is usual); null
+    skips only what is not finite."""
 
     def __post_init__(self):
         if (self.steps is None) == (not self.stages):
@@ -106,6 +110,8 @@ class TrainConfig:
                 raise ValueError(f"batch={stage.batch} does not divide by accumulate={self.accumulate}")
         if self.neftune is not None and self.neftune <= 0:
             raise ValueError(f"neftune={self.neftune} must be above 0; null for none")
+        if self.skip_spikes is not None and not 0 < self.skip_spikes < math.inf:
+            raise ValueError(f"skip_spikes={self.skip_spikes} must be above 0; null skips no spikes")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema={self.ema} must lie in (0, 1)")
 

@@ -37,6 +37,7 @@ from jaxllm.train.preferences import Preferences
 from jaxllm.train.progress import Show
 from jaxllm.train.recorder import Recorder, TrainingStopped
 from jaxllm.train.selfcheck import Frozen, check_first_batch
+from jaxllm.train.skips import documents_text
 from jaxllm.train.step import TrainState, abstract_state, make_state, make_train_step
 from jaxllm.train.streams import make_streams, renewed
 from jaxllm.train.teacher import Distillation
@@ -79,7 +80,8 @@ class Trainer:
         self.trainable = trainable(config.train.trainable, self.origin.changes)
         check_trainable(self.model, self.trainable)
         self.tx = make_optimizer(config.optim, config.train.total_steps, self.model.axes)
-        self.options = dict(trainable=self.trainable, ema=config.train.ema is not None)
+        spikes = config.train.skip_spikes is not None
+        self.options = dict(trainable=self.trainable, ema=config.train.ema is not None, skip_spikes=spikes)
         self.abstract = abstract_state(self.model, self.tx, **self.options)
         memory.check_state(self.abstract, self.trainable)
         self.tokenizer = folder.open_tokenizer(show.say)
@@ -109,7 +111,8 @@ class Trainer:
                 self.checkpoints.wait()
             result = finish(self, state, time.monotonic() - started)
         if self.status == "diverged":
-            raise TrainingStopped(self.recorder.problem)
+            read = documents_text(self.config.train, self.streams, self.recorder.problem_at)
+            raise TrainingStopped(f"{self.recorder.problem}. {read}")
         return result
 
     def find_origin(self) -> Origin:
@@ -229,6 +232,7 @@ class Trainer:
             trainable=self.trainable,
             accumulate=self.config.train.accumulate,
             ema=self.config.train.ema,
+            skip_spikes=self.config.train.skip_spikes,
             abstract=self.abstract,
         )
         compiled = step_fn.lower(state, batch).compile()

@@ -15,6 +15,7 @@ from jaxllm.train.config import RunConfig
 from jaxllm.train.evaluate import LOSS, SAMPLE, loss_of
 from jaxllm.train.metrics import Lagged, Meter
 from jaxllm.train.progress import Show
+from jaxllm.train.skips import Skips
 from jaxllm.train.writers import JsonlWriter, TensorBoardWriter, WandbWriter, Writer
 
 log = logging.getLogger("jaxllm")
@@ -27,7 +28,7 @@ BESIDE = {"bits_per_byte": "bits per byte", "heldout_accuracy": "of the pairs in
 
 
 class TrainingStopped(UserError):
-    """The run cannot go on: too many non-finite gradients in a row."""
+    """The run cannot go on: too many steps in a row were skipped."""
 
 
 class Recorder:
@@ -49,11 +50,15 @@ class Recorder:
         self.waits = config.parallel.expert != 1 and config.kernels.experts == "wait" and config.model.dropless
         self.problem: str | None = None
         """Why the run cannot go on."""
+        self.problem_at = 0
+        """The step at which that was found."""
+        self.skips = Skips(config, show)
         self.writers: list[Writer] = []
         self.failing: set[Writer] = set()
 
     def open(self, folder: Path, resumed_at: int | None) -> None:
         """Opens the metrics files; lines after the resumed step are computed again. Only the first process writes."""
+        self.skips.settings = folder / "settings.yaml"
         self.writers = [JsonlWriter(folder / "metrics.jsonl", resumed_at)]
         if self.config.log.tensorboard:
             self.writers.append(TensorBoardWriter(folder / "tensorboard", resumed_at))
@@ -113,12 +118,8 @@ class Recorder:
             self._write(step, row)
         self.show.update(step, row)
         self._look_at_experts(metrics.get("expert_load_max", 0.0))
-        if metrics["skipped_in_row"] >= self.config.train.max_skipped and self.problem is None:
-            self.problem = (
-                f"step {step}: the gradient was not finite in {metrics['skipped_in_row']:.0f} steps in a row "
-                f"(train.max_skipped); the weights have not changed since step {step - metrics['skipped_in_row']:.0f}. "
-                "Lower optim.lr in another run folder, or look at the data with `jaxllm data inspect`"
-            )
+        if (problem := self.skips.look(step, metrics)) and self.problem is None:
+            self.problem, self.problem_at = problem, step
 
     def _look_at_experts(self, load: float) -> None:
         self.crowded = self.crowded + 1 if load > 2 else 0

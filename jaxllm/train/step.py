@@ -1,4 +1,4 @@
-"""The training step: gradient of an objective, guard against non-finite values, update. One jitted function.
+"""The training step: gradient of an objective, guard against non-finite values and spikes, update. One jitted function.
 
 Shapes: A microbatches, B rows of a microbatch, T positions.
 """
@@ -18,6 +18,7 @@ from jaxllm.kernels.backend import tracing_for
 from jaxllm.model.build import Model, Params
 from jaxllm.optim.placement import like, owner_of
 from jaxllm.sharding import Sharding
+from jaxllm.train import spikes
 from jaxllm.train.rows import Objective, gradients, sums
 
 __all__ = ["Objective", "TrainState", "abstract_state", "make_eval_step", "make_state", "make_train_step"]
@@ -37,11 +38,19 @@ class TrainState:
     key: jax.Array
     """Root of all randomness; step n uses fold_in(key, n)."""
     extra: dict[str, Any]
-    """`skipped`: steps skipped in all; `skipped_in_row`; `ema`: averaged weights, when asked for."""
+    """`skipped`: steps skipped in all; `skipped_in_row`; when asked for `ema`: averaged weights, and `spikes`: see
+    `spikes.fresh`."""
 
 
 def make_state(
-    model: Model, tx: optax.GradientTransformation, key, *, params=None, trainable="**", ema=False
+    model: Model,
+    tx: optax.GradientTransformation,
+    key,
+    *,
+    params=None,
+    trainable="**",
+    ema=False,
+    skip_spikes=False,
 ) -> TrainState:
     """A fresh state, every array made where it will live.
 
@@ -49,7 +58,7 @@ def make_state(
     """
     init_key, key = jax.random.split(key)
     params = model.init(init_key) if params is None else params
-    shapes = abstract_state(model, tx, trainable=trainable, ema=ema)
+    shapes = abstract_state(model, tx, trainable=trainable, ema=ema, skip_spikes=skip_spikes)
     chosen, _ = tree.partition(params, tree.select(params, trainable))
     opt = jax.jit(tx.init, out_shardings=jax.tree.map(lambda s: s.sharding, shapes.opt))(chosen)
     everywhere = shapes.step.sharding  # a jit, since device_put reaches no devices of other processes
@@ -57,10 +66,14 @@ def make_state(
     extra = {"skipped": counters[0], "skipped_in_row": counters[1]}
     if ema:
         extra["ema"] = jax.tree.map(jnp.copy, chosen)
+    if skip_spikes:
+        extra["spikes"] = jax.jit(spikes.fresh, out_shardings=everywhere)()
     return TrainState(counters[2], params, opt, key, extra)
 
 
-def abstract_state(model: Model, tx: optax.GradientTransformation, *, trainable="**", ema=False) -> TrainState:
+def abstract_state(
+    model: Model, tx: optax.GradientTransformation, *, trainable="**", ema=False, skip_spikes=False
+) -> TrainState:
     """Shapes, dtypes and shardings of `make_state`'s result; nothing is allocated.
 
     Optimizer state is split as the weight it belongs to; what belongs to none (counters) is replicated.
@@ -69,15 +82,19 @@ def abstract_state(model: Model, tx: optax.GradientTransformation, *, trainable=
     chosen, _ = tree.partition(model.abstract, tree.select(model.abstract, trainable))
     weights = tree.flatten(chosen)
 
+    def at(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
     def place(path, leaf):
         owner = owner_of(path, weights)
-        where = everywhere if owner is None else like(owner, leaf.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return at(leaf, everywhere if owner is None else like(owner, leaf.shape))
 
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=everywhere)
     opt = tree.map_with_path(place, jax.eval_shape(tx.init, chosen))
     extra = {"skipped": count, "skipped_in_row": count} | ({"ema": chosen} if ema else {})
+    if skip_spikes:
+        extra["spikes"] = jax.tree.map(lambda leaf: at(leaf, everywhere), jax.eval_shape(spikes.fresh))
     return TrainState(count, model.abstract, opt, key, extra)
 
 
@@ -89,6 +106,7 @@ def make_train_step(
     trainable: str = "**",
     accumulate: int = 1,
     ema: float | None = None,
+    skip_spikes: float | None = None,
     abstract: TrainState | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> (state, metrics)`, jitted, with the state donated.
@@ -97,10 +115,12 @@ def make_train_step(
       trainable: pattern over weight paths; the others get no gradient and no optimizer state.
       accumulate: batch leaves are `[A * B, ...]`; rows are split into A microbatches whose sums are added.
       ema: decay of an average of the trainable weights, or None.
+      skip_spikes: standard deviations above recent steps at which a gradient is skipped too (`spikes.limit`), or None.
       abstract: where the new state is to live (see `abstract_state`); None leaves it to the compiler, whose choice a
         step that was compiled for the old places would refuse.
 
-    A step whose gradient is not finite changes neither weights, optimizer nor average; it is counted in `extra`.
+    A step whose gradient is not finite, or a spike, changes neither weights, optimizer, average nor what is known of
+    recent steps; it is counted in `extra`.
     """
 
     def step(state: TrainState, batch):
@@ -112,7 +132,12 @@ def make_train_step(
         scale = 1 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        taken = jnp.isfinite(norm) & jnp.isfinite(loss)
+        found = {}
+        if skip_spikes is not None:
+            found["grad_norm_limit"] = spikes.limit(state.extra["spikes"], skip_spikes)
+            spike = taken & (norm > found["grad_norm_limit"])
+            taken = taken & ~spike
 
         load = metrics.pop("load", {})
 
@@ -122,10 +147,13 @@ def make_train_step(
             return tree.combine(tree.partition(balanced, mask)[0], frozen), opt  # a frozen router bias stays, too
 
         # A branch, not a select: selecting makes XLA copy the whole optimizer state first.
-        params, opt = jax.lax.cond(finite, update, lambda params, opt: (params, opt), state.params, state.opt)
-        extra = _extra(state.extra, finite, ema, tree.partition(params, mask)[0])
+        params, opt = jax.lax.cond(taken, update, lambda params, opt: (params, opt), state.params, state.opt)
+        extra = _extra(state.extra, taken, ema, tree.partition(params, mask)[0])
+        if skip_spikes is not None:
+            extra["spikes"] = spikes.after(state.extra["spikes"], norm, taken, spike)
+            found["skipped_spikes"] = extra["spikes"]["skipped"]
         out = {"loss": loss * scale, "grad_norm": norm, "targets": count}
-        out |= {name: extra[name] for name in ("skipped", "skipped_in_row")}
+        out |= {name: extra[name] for name in ("skipped", "skipped_in_row")} | found
         out |= {name: value * scale for name, value in metrics.items()}
         if load:
             out["expert_load_max"] = _worst_load(load)
@@ -136,12 +164,12 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=where, compiler_options=compiler_options(model.sharding))
 
 
-def _extra(extra, finite, decay, chosen):
+def _extra(extra, taken, decay, chosen):
     extra = dict(extra)
-    extra["skipped"] = extra["skipped"] + ~finite
-    extra["skipped_in_row"] = jnp.where(finite, 0, extra["skipped_in_row"] + 1)
+    extra["skipped"] = extra["skipped"] + ~taken
+    extra["skipped_in_row"] = jnp.where(taken, 0, extra["skipped_in_row"] + 1)
     if decay is not None:
-        rate = jnp.where(finite, 1 - decay, 0)  # a skipped step moves the average no more than the weights
+        rate = jnp.where(taken, 1 - decay, 0)  # a skipped step moves the average no more than the weights
         extra["ema"] = jax.tree.map(lambda e, p: e + rate.astype(e.dtype) * (p - e), extra["ema"], chosen)
     return extra
 

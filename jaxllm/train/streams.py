@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from jaxllm.data.config import DataConfig
 from jaxllm.data.mixture import Mixture, Place, mix
 from jaxllm.data.store import TokenStore
+from jaxllm.errors import SettingsError
 from jaxllm.train.config import Stage
 
 
@@ -29,3 +30,14 @@ def renewed(streams: Sequence[Mixture], index: int) -> list[str]:
     before = {name: rows for stream in streams[:index] for name, rows in zip(stream.names, stream.sources, strict=True)}
     here = zip(streams[index].names, streams[index].sources, strict=True)
     return [name for name, rows in here if name in before and rows.pack and rows.length != before[name].length]
+
+
+def rows_of_step(stages: Sequence[Stage], step: int) -> tuple[int, range]:
+    """`(stage, the rows of its stream)` that step `step` of a run reads, counted from 1. Raises SettingsError."""
+    done = 0
+    for index, stage in enumerate(stages):
+        if done < step <= done + stage.steps:
+            first = (step - 1 - done) * stage.batch
+            return index, range(first, first + stage.batch)
+        done += stage.steps
+    raise SettingsError(f"step {step} is none of the run, whose steps are 1 to {done}")

@@ -91,6 +91,15 @@ ROWS: tuple[Row, ...] = (
         "Files in object stores.",
     ),
     Row(
+        9,
+        "NaN, Inf and spikes",
+        "A step whose gradient is not finite, or with train.skip_spikes far above those before, leaves weights, "
+        "optimizer and averages as they were, to the bit, and is counted; after train.max_skipped in a row the run "
+        "ends and names the documents that it read last.",
+        "nonfinite:nonfinite",
+        "A fault that changes numbers and leaves them finite and small.",
+    ),
+    Row(
         10,
         "bad data",
         "Text, records, conversations, compressed files and tables with something wrong in them are refused with the "

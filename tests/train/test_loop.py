@@ -321,7 +321,10 @@ def test_too_many_non_finite_gradients_stop_the_run(corpus, tmp_path, monkeypatc
         return dataclasses.replace(state, params=jax.tree.map(lambda x: x * np.nan, state.params))
 
     monkeypatch.setattr(loop, "make_state", poisoned)
-    with pytest.raises(UserError, match=r"step 3: the gradient was not finite in 3 steps in a row .*since step 0\."):
+    words = (
+        r"step 3: the gradient was not finite in 3 steps in a row .*since step 0\. .* Step 3 read the rows 16 to 23 "
+    )
+    with pytest.raises(UserError, match=words + r"of train, which hold \d+ documents: \S+(code|prose)-\d+.txt"):
         train(corpus, tmp_path / "run", train__max_skipped=3, train__eval_every=9, checkpoint__every=9)
     found = rows(tmp_path / "run")
     assert [row["skipped"] for row in found] == [1, 2, 3, 4] and found[0]["loss"] is None

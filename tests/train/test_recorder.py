@@ -90,7 +90,22 @@ def test_too_many_skipped_steps_are_a_problem_once_they_are_written(make, tmp_pa
     assert recorder.problem is None
     recorder.flush()
     assert re.search(r"step 3: .* 2 steps in a row .*max_skipped.* since step 1\. Lower optim.lr", recorder.problem)
+    assert recorder.problem_at == 3 and "--step 3`" in recorder.problem
     assert rows(tmp_path)[-1]["skipped"] == 2
+
+
+def test_the_first_skipped_step_is_said_with_its_rows_and_spikes_by_their_name(make, monkeypatch):
+    recorder, said = make(train__max_skipped=3), []
+    monkeypatch.setattr(recorder.show, "say", said.append)
+    counts = [(0, 0, 0), (1, 1, 1), (1, 1, 0), (2, 2, 1), (3, 3, 2), (4, 3, 3)]  # skipped, spikes, in a row
+    for step, (skipped, spikes, in_row) in enumerate(counts, 1):
+        metrics = {"skipped": skipped, "skipped_spikes": spikes, "skipped_in_row": in_row}
+        numbers = {"loss": 1.0, "grad_norm": 90.0, "grad_norm_limit": 3.0}
+        recorder.push(step, metrics | numbers, tokens=256, flops=1.0, tokens_in_all=256 * step)
+    recorder.flush()
+    assert len(said) == 1 and said[0].startswith("step 2 was skipped, since the gradient's norm was far above")
+    assert "(90, and 3 is the limit). It read the rows 8 to 15 of train" in said[0] and "--step 2`" in said[0]
+    assert "was not finite, or its norm far above" in recorder.problem and "in 3 steps in a row" in recorder.problem
 
 
 def test_a_writer_that_fails_is_said_once_and_tried_again(make, tmp_path, caplog):
