@@ -8,6 +8,7 @@ twice.
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import re
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from jaxllm import tree
@@ -206,6 +208,7 @@ class Checkpoints:
                 self._barrier(key=f"jaxllm:seal:{self._saves}", timeout_ms=BARRIER_MS)
         except Exception as caught:
             error = error or caught
+        _give_back_memory()
         if not manifest.sealed(folder):
             self._fail(step, error or RuntimeError("another process could not write its share"))
             return
@@ -353,3 +356,18 @@ def _loss(folder: epath.Path) -> float | None:
         return manifest.read(folder).get("loss")
     except (manifest.Damaged, CheckpointError):
         return None  # said when the step is read; an old loss is no reason not to start
+
+
+def _give_back_memory() -> None:
+    """What a save held, and what was compiled before it, goes back to the system: a third of a small run's memory.
+
+    The threads of a save take from arenas of their own, which glibc keeps: 5 % more after 8,000 steps with 400 saves.
+    """
+    if hasattr(_libc := ctypes.CDLL(None), "malloc_trim"):
+        _libc.malloc_trim(0)
+
+
+# Around each save orbax asks tensorstore for its counters, for a line of a log that nobody has turned on; tensorstore
+# 0.1.86 never frees what it answers, some 30 to 80 KB a save. The name is orbax's own, and may go.
+if hasattr(tensorstore_utils, "get_tensorstore_raw_bytes"):
+    tensorstore_utils.get_tensorstore_raw_bytes = lambda *_, **__: 0

@@ -218,6 +218,14 @@ def metrics(out: Path) -> dict[int, dict[str, str]]:
     return {row["step"]: {key: float.hex(float(row[key])) for key in keys} for row in rows if "loss" in row}
 
 
+def last_step(out: Path) -> int:
+    """The last step that a run has written metrics of; 0 before the first."""
+    try:
+        return max(metrics(out), default=0)
+    except (OSError, json.JSONDecodeError):  # not there yet, or amid a line
+        return 0
+
+
 def differences(whole: Path, other: Path) -> list[str]:
     """Where a run's losses and gradient norms are not those of another, step by step."""
     a, b = metrics(whole), metrics(other)

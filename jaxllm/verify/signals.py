@@ -1,12 +1,11 @@
 """Row 3: SIGTERM at random instants, during a compilation and during a save; once and twice."""
 
-import json
 import shutil
 import signal
 import time
 from pathlib import Path
 
-from jaxllm.verify.lab import PATIENCE, Found, Lab, differences, leftovers, metrics, saved_steps, saving, until
+from jaxllm.verify.lab import PATIENCE, Found, Lab, differences, last_step, leftovers, saved_steps, saving, until
 
 STEPS = 60
 #: A second is short beside a compilation, and long beside what a process needs to end.
@@ -34,7 +33,7 @@ def stopped(lab: Lab) -> Found:
 
 def _in_a_step(lab: Lab, settings: Path, out: Path) -> list[str]:
     with lab.started(settings) as process:
-        until(process, lambda: _last(out) >= 3)
+        until(process, lambda: last_step(out) >= 3)
         time.sleep(lab.random.uniform(0, 0.2))
         return _ends_well(process, out)
 
@@ -51,7 +50,7 @@ def _in_the_first_compilation(lab: Lab, settings: Path, out: Path) -> list[str]:
     with lab.started(settings, env=environ) as process:
         until(process, lambda: "attention: " in process.said())  # said while the step is traced
         time.sleep(lab.random.uniform(0, 0.3))
-        if _last(out) >= 1:
+        if last_step(out) >= 1:
             return ["the run was past its compilation when the signal came"]
         process.send_signal(signal.SIGTERM)
         start = time.monotonic()
@@ -86,17 +85,10 @@ CASES = {
 def _ends_well(process, out: Path) -> list[str]:
     """One signal: the step in progress is finished and saved, and no other one is begun."""
     process.send_signal(signal.SIGTERM)
-    before = _last(out)  # after the signal, so that a delay here counts for the run and not against it
-    code, last = process.wait(PATIENCE), _last(out)
+    before = last_step(out)  # after the signal, so that a delay here counts for the run and not against it
+    code, last = process.wait(PATIENCE), last_step(out)
     problems = [f"exit code {code}: {process.said()[-300:]}"] if code else []
     # The metrics are one step behind what runs; the step that the signal met, and the one already dispatched.
     problems += [f"{last - before} steps after the signal"] if last - before > 3 else []
     saved = max(saved_steps(out), default=0)
     return problems + ([f"step {last} is the last, {saved} was saved"] if saved != last else [])
-
-
-def _last(out: Path) -> int:
-    try:
-        return max(metrics(out), default=0)
-    except (OSError, json.JSONDecodeError):  # not there yet, or amid a line
-        return 0
