@@ -11,6 +11,8 @@ from pathlib import Path
 SMALL = 32 << 20
 #: And for one that holds or makes over 100 MB in a line: twice the longest line that is read, and the same.
 LARGE = (128 << 20) + SMALL
+#: By which a process may grow, with what libraries in C hold: a text of 65 MiB in a table takes 280 MiB.
+RESIDENT = 512 << 20
 
 TEXT = "def f(self):\n    return self.value\n\n"
 GOOD = json.dumps({"text": TEXT}).encode() + b"\n"

@@ -106,7 +106,7 @@ ROWS: tuple[Row, ...] = (
         "file, the line and the byte, or are read by a stated policy, and what it left out or kept is counted in the "
         "log; memory stays bounded, also by lines without an end and decompression bombs.",
         "baddata:bad_data",
-        "Memory is what Python holds; the rows that a table's own writer put into one group are read together.",
+        "The rows that an arrow file's own writer put into one batch are read together, however many.",
     ),
     Row(
         11,

@@ -142,6 +142,19 @@ def test_missing_column_and_null(tmp_path):
         read(tmp_path / "b.parquet")
 
 
+def test_a_text_that_a_table_holds_once_for_many_rows_is_not_held_for_all(tmp_path):
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["x" * (1 << 20)] * 600}), tmp_path / "a.parquet", store_schema=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
+    found = documents(Source(name="s", path="x"), str(tmp_path / "a.parquet"))
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in range(40):
+        assert len(next(found)) == 1 << 20
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 64 << 20
+
+
 def test_missing_files_and_folders(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"source s: no file matches .*note.txt; did you mean notes.txt\?"):

@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm.data import lines, prepare, readers, tables
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.verify import badfiles
+from jaxllm.verify import baddata, badfiles
 from jaxllm.verify.baddata import attempt, bad_data
 
 
@@ -64,7 +64,9 @@ def test_a_key_that_stands_twice_and_the_last_one_taken(meet, monkeypatch):
 
 
 def test_a_line_without_a_limit_and_one_that_takes_too_much(meet, monkeypatch):
-    assert "MiB held, and 1 are allowed" in meet("100 MB in a record", memory=1 << 20)
+    assert "and 1 and 512 are allowed" in meet("100 MB in a record", memory=1 << 20)
+    monkeypatch.setattr(baddata, "RESIDENT", 1 << 20)
+    assert "and 160 and 1 are allowed" in meet("100 MB in a record")
     monkeypatch.setattr(lines, "LONGEST", 1 << 30)
     assert "expected" in meet("a bomb of gzip")
 
