@@ -164,6 +164,13 @@ class Sharding:
         mesh = None if self.manual else self.mesh  # within another shard_map it is the mesh at hand
         return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
 
+    def by_part(self, f, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """`f(x)` on each part of what the compiler splits by `spec`, for collectives over manual axes.
+
+        The compiler splits none of these: it would make x whole before them, and all devices would move all of it.
+        """
+        return self.map(f, spec, spec)(x) if any(spec) else f(x)
+
     def gather(self, x: jax.Array, axis: str, dim: int) -> jax.Array:
         """The parts of an array that devices along a manual mesh axis hold, one after another along `dim`."""
         for groups in _stages(self.mesh, axis):

@@ -72,7 +72,8 @@ def _across(q_BTNH, k_BKSH, v_BKSH, form: Form, where: Where, heads: PerHead, ki
         _say("attention: blockwise, keys and values in a ring (kernels.context=ring)")
         halves = length % (2 * parts) == 0
         return rings.ring(q_BTNH, k_BKSH, v_BKSH, form, where, heads, axis="context", halves=halves)
-    k_BKSH, v_BKSH = (sharding.whole(x, 2) for x in (k_BKSH, v_BKSH))
+    own = sharding.activation(("batch", "kv_heads", None, None), k_BKSH.shape)
+    k_BKSH, v_BKSH = (sharding.by_part(lambda x: sharding.whole(x, 2), x, own) for x in (k_BKSH, v_BKSH))
     positions, segments = (None if x is None else sharding.whole(x) for x in (where[1], where[3]))
     where = Where(where.q_positions_BT, positions, where.q_segments_BT, segments)
     missing = _splash_lacks(heads) or (

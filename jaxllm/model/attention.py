@@ -46,6 +46,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """`(y_BTD, cache)`; `rope` holds `cos_BTR, sin_BTR`, or None; with a cache, queries see what it holds."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+        # Said at once, or products would be laid out as what comes in: split by sequence, with weights gathered.
+        q_BTNH = sharding.constrain(q_BTNH, "batch", "seq", "heads", None)
+        k_BTKH, v_BTKH = (sharding.constrain(x, "batch", "seq", "kv_heads", None) for x in (k_BTKH, v_BTKH))
         if rope is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
         q_BTNH = checkpoint_name(sharding.constrain(q_BTNH, "batch", "seq", "heads", None), "q")
@@ -60,6 +63,7 @@ class Attention(nnx.Module):
             k_BKSH, v_BKSH = cache.read(q_BTNH.dtype)
             where = Where(positions_BT, cache.positions_BS)
         o_BTNH = attend(self, q_BTNH, k_BKSH, v_BKSH, where, sharding, kernels if alone else None)
+        o_BTNH = sharding.constrain(o_BTNH, "batch", "seq", "heads", None)
         y_BTD = einsum("BTNH,NHD->BTD", o_BTNH, self.o)
         if self.spec.out_bias:
             y_BTD = y_BTD + unwrap(self.o_bias).astype(y_BTD.dtype)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxllm import tree
 from jaxllm.kernels.backend import platform
@@ -27,6 +28,8 @@ class Gather:
     sharding: Sharding
     places: dict[str, tuple[tuple[str, ...], ...]]
     """`{path: axes for each dimension}`, without the dimension of stacked layers."""
+    left: dict[str, PartitionSpec]
+    """How the compiler splits dimensions that are not gathered, over the axes that are left to it."""
     matrices: frozenset[str]
     """Paths of matrices that products take in the compute dtype: they are gathered in it, everything else as it is."""
 
@@ -66,10 +69,13 @@ class Gather:
         return _taken(self, path, dtype, table, ids)
 
     def _whole(self, path: str, leaf):
-        for dim, axes in enumerate(self.places[path]):
-            for axis in reversed(axes):  # the last one splits what the ones before it have split
-                leaf = self.sharding.gather(leaf, axis, dim)
-        return leaf
+        def gathered(leaf):
+            for dim, axes in enumerate(self.places[path]):
+                for axis in reversed(axes):  # the last one splits what the ones before it have split
+                    leaf = self.sharding.gather(leaf, axis, dim)
+            return leaf
+
+        return self.sharding.by_part(gathered, leaf, self.left[path])
 
 
 def make_gather(sharding: Sharding, abstract, axes, plain: Collection[str]) -> Gather:
@@ -80,7 +86,7 @@ def make_gather(sharding: Sharding, abstract, axes, plain: Collection[str]) -> G
     norms are of float32, as is what trains rounded. Axes that split experts stay: their tokens come to them.
     """
     names, leaves = tree.flatten(axes, is_leaf=lambda x: isinstance(x, tuple)), tree.flatten(abstract)
-    places, matrices = {}, set()
+    places, left, matrices = {}, {}, set()
     for path, leaf in leaves.items():
         stacked = bool(names[path]) and names[path][0] == "layers"
         split, here = (*leaf.sharding.spec, *[None] * leaf.ndim)[stacked : leaf.ndim], names[path][stacked:]
@@ -90,11 +96,15 @@ def make_gather(sharding: Sharding, abstract, axes, plain: Collection[str]) -> G
         )
         if any(apart):
             places[path] = apart
+            others = (tuple(axis for axis in names_of([part]) if axis not in sharding.manual) for part in split)
+            left[path] = PartitionSpec(
+                *(rest if rest and not gone else None for gone, rest in zip(apart, others, strict=True))
+            )
             owner = path.removesuffix("/base")
             adapted = owner != path and owner in plain and f"{owner}/lora_magnitude" not in leaves
             if (path in plain and _is_matrix(here)) or (adapted and is_linear_map(here)):
                 matrices.add(path)
-    return Gather(sharding, places, frozenset(matrices))
+    return Gather(sharding, places, left, frozenset(matrices))
 
 
 def _is_matrix(axes: Axes) -> bool:

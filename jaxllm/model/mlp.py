@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxllm.kernels.backend import platform
 from jaxllm.model.param import normal, zeros
 from jaxllm.model.spec import MlpSpec, ModelConfig
+from jaxllm.sharding import Sharding
 from jaxllm.weights.seam import einsum, unwrap
 
 
@@ -57,7 +58,7 @@ class Mlp(nnx.Module):
             self.up_bias = zeros((F,), ("ffw",))
             self.down_bias = zeros((D,), ("embed",))
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, sharding: Sharding) -> jax.Array:
         gated, bias = self.spec.activation in GATED, self.spec.bias
         gate = (
             checkpoint_name(_linear("BTD,DF->BTF", x_BTD, self.gate, bias and self.gate_bias), "gate")
@@ -65,6 +66,9 @@ class Mlp(nnx.Module):
             else None
         )
         up = checkpoint_name(_linear("BTD,DF->BTF", x_BTD, self.up, bias and self.up_bias), "up")
+        # Said here, or the products would be laid out as what comes in: split by sequence, with weights gathered.
+        up = sharding.constrain(up, "batch", "seq", "ffw")
+        gate = sharding.constrain(gate, "batch", "seq", "ffw") if gated else None
         h_BTF = activate(self.spec.activation, gate, up)
         if platform() == "tpu":
             # Else it is computed within the product, once for each tile of its output: a third more cycles.

@@ -77,7 +77,7 @@ class Moe(nnx.Module):
         else:
             y_BTD, kept_BTX = self._with_capacity(x_BTD, *choice, real_BT, axis)
         if self.spec.shared_ffw:
-            y_BTD = y_BTD + self.shared(x_BTD)
+            y_BTD = y_BTD + self.shared(x_BTD, sharding)
         return checkpoint_name(y_BTD, "mlp_out"), self._aux(
             logits_BTE, scores_BTE, chosen_BTX, kept_BTX, real_BT, sharding
         )

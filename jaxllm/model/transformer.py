@@ -59,7 +59,7 @@ class Block(nnx.Module):
         x_BTD = self._add(x_BTD, h, "attn", context, keys[0])
         h, aux = self._before(x_BTD, "mlp"), None
         if self.spec.mlp is not None:
-            h = self.mlp(h)
+            h = self.mlp(h, context.sharding)
         else:
             h, aux = self.moe(h, context.real_BT, context.sharding, context.kernels)
         return self._add(x_BTD, h, "mlp", context, keys[1]), cache, aux
@@ -169,7 +169,7 @@ class Transformer(nnx.Module):
         )
 
     def _embed(self, tokens_BT, context: Context, key, neftune, gather: Gather | None = None):
-        x_BTD = self._rows(tokens_BT, gather)
+        x_BTD = context.sharding.constrain(self._rows(tokens_BT, gather), "batch", "seq", None)
         if self.config.embed_scale is not None:
             x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
         if self.config.positions == "learned":
