@@ -83,11 +83,22 @@ def check_rows(config: ModelConfig, tokens: int) -> None:
 
 def check_step(compiled) -> None:
     """Raises ResourceError when the compiled step's temporaries cannot fit beside the state, which exists already."""
-    analysis = compiled.memory_analysis()
-    if analysis is not None:
-        fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        parts = {"activations and other temporaries": analysis.temp_size_in_bytes, "outputs": max(0, fresh)}
-        _check(parts, STEP_ADVICE, there=analysis.argument_size_in_bytes)
+    if (total := program_bytes(compiled)) is not None:
+        there = compiled.memory_analysis().argument_size_in_bytes
+        _check({"activations and other temporaries": total - there}, STEP_ADVICE, there=there)
+
+
+def program_bytes(compiled) -> int | None:
+    """Bytes that a compiled program needs at once, arguments included; None where the compiler does not say.
+
+    On TPU its peak: what is called temporaries there is a sum over buffers that take turns in the same place.
+    """
+    if (found := compiled.memory_analysis()) is None:
+        return None
+    if jax.default_backend() == "tpu" and (peak := getattr(found, "peak_memory_in_bytes", 0)):
+        return peak
+    fresh = max(0, found.output_size_in_bytes - found.alias_size_in_bytes)
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + fresh
 
 
 def _check(parts: dict[str, int], advice: str, there: int | None = None) -> None:

@@ -115,6 +115,14 @@ ROWS: tuple[Row, ...] = (
         "typos:typos",
     ),
     Row(
+        12,
+        "memory",
+        "What a step is said to need is within 15 % of what its compiled program needs; what cannot fit is refused, "
+        "with settings that make it fit and what each saves.",
+        "memory:estimated",
+        "Programs of accelerators: those of TPUs are compiled by tests and plans, those of GPUs by nobody here.",
+    ),
+    Row(
         13,
         "damaged published files",
         "Published weights, settings, tokenizers and adapters with damage in them give an error of ours or a model: no "

@@ -184,8 +184,25 @@ def _together(
             chain.append(fits[0] if fits else max(found, key=lambda pair: pair[1].saves))
             at, need = applied(at, chain[-1][1].overrides), chain[-1][1].total
         if len(chain) > 1 and need <= place.capacity:
-            return chain
+            return _relaxed(chain, config, place, now)
     return []
+
+
+def _relaxed(chain, config: RunConfig, place: Place, now: float) -> list[tuple[Callable, Saving]]:
+    """The same settings, each no further down than is needed beside the others."""
+    words = [one.overrides for _, one in chain]
+    for i, (ladder, one) in enumerate(chain):
+        for rung in ladder(config, place.step(config)):
+            trial = _saving(sum([*words[:i], rung, *words[i + 1 :]], ()), config, place, now)
+            if rung == one.overrides or (trial and trial.total <= place.capacity):
+                words[i] = rung
+                break
+    found, at, need = [], config, now
+    for (ladder, _), told in zip(chain, words, strict=True):
+        at = applied(at, told)
+        found.append((ladder, Saving(told, need - place.total(at), place.total(at))))
+        need = found[-1][1].total
+    return found
 
 
 def _fsdp(config: RunConfig, step: Step) -> Iterator[Words]:
