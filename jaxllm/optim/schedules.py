@@ -35,6 +35,12 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
 
 
+def first_rate(config: OptimConfig, steps: int) -> float:
+    """How far the first step moves a weight, relative to its size or in itself; 0 where it depends on the gradient."""
+    by_sign = config.name in ("adamw", "lion", "muon", "adafactor")
+    return float(make_schedule(config, steps)(0)) if by_sign else 0.0
+
+
 def _stable_decay(peak: float, end: float, stable: int, decay: int) -> optax.Schedule:
     def schedule(step):
         x = jnp.clip((step - stable) / max(decay, 1), 0.0, 1.0)

@@ -10,7 +10,6 @@ from jaxllm.adapt.quantize import QuantizeConfig
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import settings
 from jaxllm.data.config import DataConfig
-from jaxllm.data.sources import TURNS
 from jaxllm.errors import SettingsError, nearest
 from jaxllm.model.spec import Kernels, ModelConfig
 from jaxllm.objectives.distill import AnswersConfig, DistillConfig
@@ -91,8 +90,8 @@ class TrainConfig:
     """Noise on the embeddings in training, uniform within this over sqrt(tokens of the conversation x embed): 5 is
     usual in fine-tuning (NEFTune, arXiv 2310.05914); null for none."""
     self_check: bool | None = None
-    """Looks at the first batch before the first step: conversations that see each other, a prompt that is learnt,
-    frozen weights that move stop the run. Null checks where a source holds conversations."""
+    """Looks at the first batch before the first step: documents that see each other, a prompt that is learnt, a part of
+    the loss that is missing, frozen weights that move stop the run. False leaves it out."""
     max_skipped: int = 10
     """Stop after this many steps in a row that were skipped: the gradient was not finite, or a spike."""
     skip_spikes: float | None = None
@@ -217,8 +216,7 @@ class RunConfig:
     @property
     def self_check(self) -> bool:
         """Whether the first batch is looked at."""
-        chat = any(source.format in TURNS for source in self.data.sources)
-        return chat if self.train.self_check is None else self.train.self_check
+        return self.train.self_check is not False
 
     @property
     def changes(self) -> Changes:
@@ -305,7 +303,7 @@ def _check_dpo_experts(model: ModelConfig) -> None:
 #: What may change between two parts of the same run: where and how it is computed and logged, not what.
 MAY_CHANGE = ("out", "parallel", "kernels", "checkpoint", "log", "profile")
 MAY_CHANGE_DATA = ("data.cache", "data.workers", "data.prefetch")
-MAY_CHANGE_TRAIN = ("train.eval_every", "train.eval_rows", "train.max_skipped", "train.patience")
+MAY_CHANGE_TRAIN = ("train.eval_every", "train.eval_rows", "train.max_skipped", "train.patience", "train.self_check")
 #: Of those, what may not: a run whose checkpoints are looked for elsewhere would start from scratch.
 MUST_STAY = ("checkpoint.folder",)
 

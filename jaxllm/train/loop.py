@@ -18,12 +18,13 @@ from jaxllm.checkpoint.reader import peek, steps_in
 from jaxllm.checkpoint.together import check_same, first_says
 from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import prepare
+from jaxllm.data.sources import TURNS
 from jaxllm.data.store import digest
 from jaxllm.errors import CheckpointError, SettingsError
 from jaxllm.model.build import Model, active_parameters, build
 from jaxllm.model.spec import Kernels, ModelConfig
 from jaxllm.optim.optimizers import make_optimizer
-from jaxllm.optim.schedules import make_schedule
+from jaxllm.optim.schedules import first_rate, make_schedule
 from jaxllm.sharding import Sharding, join_processes, make_sharding
 from jaxllm.train import memory, report
 from jaxllm.train.config import RunConfig, Stage, shared
@@ -36,7 +37,7 @@ from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.preferences import Preferences
 from jaxllm.train.progress import Show
 from jaxllm.train.recorder import Recorder, TrainingStopped
-from jaxllm.train.selfcheck import Frozen, check_first_batch
+from jaxllm.train.selfcheck import SelfCheck
 from jaxllm.train.skips import documents_text
 from jaxllm.train.step import TrainState, abstract_state, make_state, make_train_step
 from jaxllm.train.streams import make_streams, renewed
@@ -187,7 +188,7 @@ class Trainer:
                 self.preemption.begin()
                 state, metrics = step_fn(state, batch)
                 while checks:
-                    self.say_checked(checks.pop().check(state.params))
+                    self.say_checked(checks.pop().after(state))
                 if step < end:
                     batch = self.next_batch(loader)  # made while the step runs
                 self.recorder.push(
@@ -199,20 +200,24 @@ class Trainer:
                     break
         return state
 
-    def check(self, state: TrainState, batch) -> list:
-        """Looks at the rows of the first microbatch; gives what is to be checked after the step.
+    def check(self, state: TrainState, batch) -> list[SelfCheck]:
+        """Looks at the first batch, in all processes at once; gives what is to be checked after the step.
 
         Raises TrainingError.
         """
-        if jax.process_count() > 1:
-            self.show.say("self-check: left out, since it looks at the rows of one process alone")
-            return []
-        rows = jax.tree.map(lambda x: x[:: self.config.train.accumulate], batch)
-        self.say_checked(check_first_batch(self.model, state.params, rows))
-        more = self.method.checks(state.params, rows)
-        for check in more:
-            self.say_checked(check.found)
-        return [Frozen(state.params, self.trainable), *more]
+        optim, dpo = self.config.optim, self.config.dpo
+        checks = SelfCheck(
+            self.model,
+            self.method.objective,
+            self.method.plain(),
+            trainable=self.trainable,
+            lr=first_rate(optim, self.config.train.total_steps),
+            pairs=dpo is not None,
+            from_reference=dpo is not None and dpo.reference is None,
+            chat=all(source.format in TURNS for source in self.data.sources),
+        )
+        self.say_checked([checks.before(state.params, batch), *self.method.check(batch)])
+        return [checks]
 
     def next_batch(self, loader: Loader):
         """The next rows on the devices."""

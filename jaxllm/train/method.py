@@ -8,6 +8,7 @@ import functools
 import typing
 
 from jaxllm.objectives.lm import lm
+from jaxllm.train import plain
 from jaxllm.train.evaluate import Evaluator
 
 if typing.TYPE_CHECKING:
@@ -30,6 +31,10 @@ class Text:
         train = self.run.config.train
         return functools.partial(lm, z_loss=train.z_loss, neftune=train.neftune)
 
+    def plain(self):
+        """The same loss as one would write it down, for the self-check (see `plain.py`)."""
+        return functools.partial(plain.text, z_loss=self.run.config.train.z_loss)
+
     def data(self) -> "DataConfig":
         """What the run reads; called once, before anything else."""
         return self.run.config.data
@@ -50,8 +55,8 @@ class Text:
         """The batch, whose first row has the number `row` in the stage, with all that the loss compares."""
         return batch
 
-    def checks(self, params: "Params", batch: "TokenBatch") -> list:
-        """What the self-check looks at again after the first step: objects with `found` and `check(params)`."""
+    def check(self, batch: "TokenBatch") -> list[str]:
+        """What else the self-check looks at before the first step. Raises TrainingError for what is not so."""
         return []
 
     def evaluator(self, model: "Model", stores, **options):

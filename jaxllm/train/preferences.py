@@ -1,7 +1,6 @@
-"""A run that learns preferences: its frozen reference, held-out pairs, and its self-check."""
+"""A run that learns preferences: its frozen reference and held-out pairs."""
 
 import functools
-import math
 from collections.abc import Mapping
 
 import jax
@@ -9,13 +8,13 @@ import jax
 from jaxllm.data.loader import Loader
 from jaxllm.data.pack import Rows
 from jaxllm.data.store import TokenStore
-from jaxllm.errors import SettingsError, TrainingError
+from jaxllm.errors import SettingsError
 from jaxllm.model.build import Model, Params
 from jaxllm.objectives.dpo import dpo
+from jaxllm.train import plain
 from jaxllm.train.evaluate import LOSS, SAMPLE, Spread
 from jaxllm.train.method import Text
 from jaxllm.train.reference import frozen_model, load_reference, reference_of, save_reference
-from jaxllm.train.selfcheck import NEXT
 from jaxllm.train.step import make_eval_step
 
 
@@ -24,6 +23,10 @@ class Preferences(Text):
 
     def loss(self):
         return functools.partial(dpo, config=self.run.config.dpo)
+
+    def plain(self):
+        dpo = self.run.config.dpo
+        return functools.partial(plain.preference, beta=dpo.beta, smoothing=dpo.label_smoothing)
 
     def prepare(self, params):
         """Log-probabilities of all pairs under the reference, one pass over the data."""
@@ -42,10 +45,6 @@ class Preferences(Text):
 
     def write(self):
         save_reference(self.run.folder.path, self.reference, self.run.fingerprint)
-
-    def checks(self, params, batch):
-        same = self.run.config.dpo.reference is None
-        return [PairCheck(self.run.model, params, batch, self.objective, same=same)]
 
     def evaluator(self, model, stores, **options):
         return PairEvaluator(model, stores, self.reference, self.objective, **options)
@@ -89,34 +88,3 @@ class PairEvaluator:
         count, of = sums.pop("targets"), SAMPLE if self.samples(rows) else ""
         loss = sums.pop("loss") / count
         return {LOSS + of: loss} | {f"heldout_{key}{of}": value / count for key, value in sums.items()}
-
-
-class PairCheck:
-    """Whether the reference is the model that a run starts from, and stays where it is while the policy moves."""
-
-    def __init__(self, model: Model, params: Params, batch, objective, *, same: bool):
-        """`same`: whether the reference is meant to be these very weights."""
-        self.step, self.batch = make_eval_step(model, objective), batch
-        loss, self.margin = self._measure(params)
-        if same and abs(loss - math.log(2)) > 1e-3:
-            raise TrainingError(
-                f"self-check: before the first step the loss of a pair is {loss:.4f}, and where the policy is the "
-                f"reference it is log 2 = {math.log(2):.4f}: the reference is not the model that the run starts from; "
-                f"{NEXT}"
-            )
-        self.found = [f"the loss before the first step is {loss:.4f} (log 2 where the policy is the reference)"]
-
-    def check(self, params: Params) -> list[str]:
-        """Raises TrainingError where the first step has left the margin as it was."""
-        _, margin = self._measure(params)
-        if margin == self.margin:
-            raise TrainingError(
-                f"self-check: the first step has left the margin between the answers at {margin:.6f}: the reference "
-                f"moves with the policy, or nothing is learnt; {NEXT}"
-            )
-        return ["the first step has moved the policy away from the reference"]
-
-    def _measure(self, params: Params) -> tuple[float, float]:
-        found = jax.device_get(self.step(params, self.batch))
-        count = max(float(found["targets"]), 1.0)
-        return float(found["loss"]) / count, float(found["margin"]) / count

@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.data.batch import TokenBatch
 from jaxllm.data.shards import digest
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.errors import DataError, SettingsError
+from jaxllm.errors import DataError, SettingsError, TrainingError
 from jaxllm.model.spec import ModelConfig
 from jaxllm.objectives.distill import DistillConfig, distill, teach
 from jaxllm.sharding import Sharding
+from jaxllm.train import plain
 from jaxllm.train.answers import answered
 from jaxllm.train.method import Text
 from jaxllm.train.reference import frozen_model, version_of
@@ -33,6 +35,10 @@ class Distillation(Text):
     def loss(self):
         return functools.partial(distill, config=self.run.config.distill)
 
+    def plain(self):
+        distill = self.run.config.distill
+        return functools.partial(plain.teacher, weight=distill.weight, temperature=distill.temperature)
+
     def data(self):
         run = self.run
         return answered(run.config.data, run.config.distill, run.tokenizer, run.sharding, run.show.say)
@@ -42,6 +48,9 @@ class Distillation(Text):
 
     def complete(self, batch, row):
         return self.teacher(batch, row)
+
+    def check(self, batch):
+        return self.teacher.check(batch)
 
 
 class Teacher:
@@ -73,6 +82,29 @@ class Teacher:
                 self._cache.write(row, *map(np.asarray, found))
         ids_BTN, logprobs_BTN = (jax.device_put(x, batch.tokens_BT.sharding) for x in found)
         return dataclasses.replace(batch, top_ids_BTN=ids_BTN, top_logprobs_BTN=logprobs_BTN)
+
+    def check(self, batch: TokenBatch) -> list[str]:
+        """Whether what comes with each token is of it: another token changes it there, and nothing before or elsewhere.
+
+        Raises TrainingError. What a cache gave without the teacher is not looked at.
+        """
+        if self._step is None:
+            return ["what the teacher says comes from distill.cache, and was not asked again"]
+        at = batch.tokens_BT.shape[1] // 2
+        tokens_BT, was = batch.tokens_BT, batch.top_logprobs_BTN
+        others_BT = tokens_BT.at[:, at].set((tokens_BT[:, at] + 1) % self.vocab)
+        _, now = self._teach(dataclasses.replace(batch, tokens_BT=others_BT))
+        here_BT = (batch.segments_BT == batch.segments_BT[:, at : at + 1]) & (batch.segments_BT > 0)
+        after_BT = here_BT & (jnp.arange(tokens_BT.shape[1]) >= at)
+        moved_BT = jnp.max(jnp.abs(now - was), axis=-1) > 1e-5
+        there = moved_BT[:, at] | (batch.segments_BT[:, at] == 0)
+        if not bool(jnp.all(there)) or bool(jnp.any(moved_BT & ~after_BT & (batch.segments_BT > 0))):
+            raise TrainingError(
+                f"self-check: what the teacher says of the first batch is not of its tokens: others at place {at} do "
+                "not change it there, or change it elsewhere; this is a fault of the program, not of the data; "
+                "train.self_check=false trains anyway"
+            )
+        return ["what the teacher says of a token is of it and of those before it"]
 
     def _teach(self, batch: TokenBatch):
         if self._step is None:
