@@ -137,6 +137,14 @@ ROWS: tuple[Row, ...] = (
         "code:no_code",
         "The packages that jaxllm stands on are not searched.",
     ),
+    Row(
+        15,
+        "self-check before step 0",
+        "Every run looks at its first batch: what packing, causality, masks, frozen weights and the losses should be, "
+        "they are, for each objective; and each fault planted stops the run with a line that names it.",
+        "selfcheck:planted",
+        "Rows are cut to 128 tokens on CPU and 256 elsewhere, for each device that shares them.",
+    ),
 )
 
 
