@@ -21,6 +21,7 @@ ATTN = {"heads": 4, "kv_heads": 4, "head": 128}
 FORMS = {
     "window, soft-cap, sinks": ({"window": 200, "softcap": 30.0, "sinks": True}, {}, {"fsdp": 4}, {}),
     "experts": ({}, {"moe": {"experts": 4, "ffw": 256}}, {"expert": 2, "fsdp": 2}, {}),
+    "experts on loan": ({}, {"moe": {"experts": 4, "ffw": 256}}, {"expert": 2, "fsdp": 2}, {"experts": "lend"}),
     "keys gathered": ({"window": 700}, {}, {"context": 2, "fsdp": 2}, {}),
     "keys in a ring": ({}, {}, {"context": 2, "fsdp": 2}, {"context": "ring"}),
     "tensor": ({}, {"mlp": {"ffw": 512}}, {"tensor": 2, "fsdp": 2}, {}),
@@ -31,12 +32,15 @@ FORMS = {
 HAS = {
     "window, soft-cap, sinks": (set(), {"splash"}),
     "experts": ({"ragged-all-to-all"}, {"splash", "gmm", "tgmm"}),
+    "experts on loan": ({"ragged-all-to-all"}, {"splash", "gmm", "tgmm"}),
     "keys gathered": (set(), {"splash"}),
     "keys in a ring": ({"collective-permute"}, set()),
     "tensor": (set(), {"splash"}),
     "tensor, context": (set(), {"splash"}),
     "tensor, experts": ({"ragged-all-to-all"}, {"splash"}),
 }
+#: Ragged exchanges of two layers, each forward, again, and backward: rows there and back; the three weights of experts.
+RAGGED = {"experts": 2 * 3 * 2, "experts on loan": 2 * 3 * (2 + 3)}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,8 @@ def test_a_form_compiles_with_its_kernels(form, devices):
     collectives, kernels = HAS[form]
     assert collectives <= {one.kind for one in program.collectives}
     assert kernels == {name.split("_")[0] for name in (one.name for one in program.kernels)} & {"splash", "gmm", "tgmm"}
+    if form in RAGGED:
+        assert RAGGED[form] == sum(one.count for one in program.collectives if one.kind == "ragged-all-to-all")
 
 
 def test_experts_in_float32_fit_the_kernel():
