@@ -32,6 +32,7 @@ from jaxllm.train.evaluate import Evaluator, loss_of
 from jaxllm.train.finish import Result, finish
 from jaxllm.train.folder import RunFolder
 from jaxllm.train.init import Origin, check_trainable, first_weights, origin_of
+from jaxllm.train.lifeline import Lifeline
 from jaxllm.train.method import Text
 from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.preferences import Preferences
@@ -51,16 +52,17 @@ def train(config: RunConfig, *, quiet: bool = False) -> Result:
     Raises UserError for what a user can mend; nothing is written over.
     """
     join_processes(config.parallel)  # before anything starts jax, as reading a checkpoint does
-    folder = RunFolder(config)
-    show = Show(config.train.total_steps, quiet=quiet or jax.process_index() != 0)
-    try:
-        if folder.resumed:  # a new run takes its folder when it first writes there
-            first_says(lambda: folder.lock() if folder.path.is_dir() else None)
-        with memory.explained(config):
-            return Trainer(config, folder, show).run()
-    finally:
-        show.close()
-        folder.unlock()
+    with Lifeline():
+        folder = RunFolder(config)
+        show = Show(config.train.total_steps, quiet=quiet or jax.process_index() != 0)
+        try:
+            if folder.resumed:  # a new run takes its folder when it first writes there
+                first_says(lambda: folder.lock() if folder.path.is_dir() else None)
+            with memory.explained(config):
+                return Trainer(config, folder, show).run()
+        finally:
+            show.close()
+            folder.unlock()
 
 
 class Trainer:

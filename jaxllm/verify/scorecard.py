@@ -145,6 +145,24 @@ ROWS: tuple[Row, ...] = (
         "selfcheck:planted",
         "Rows are cut to 128 tokens on CPU and 256 elsewhere, for each device that shares them.",
     ),
+    Row(
+        17,
+        "loss of a process",
+        "Where one of two processes of a run is killed, the other says so in a line and ends within a minute; started "
+        "again, both go on to the same bits.",
+        "pods:lost",
+        "Two processes on one machine stand in for the hosts of a pod. A machine whose network is cut is noticed by the "
+        "kernel's keepalive, after 30 seconds.",
+    ),
+    Row(
+        18,
+        "soak",
+        "2,000 steps with 100 saves: the memory of the process grows by less than 2 % after the first 200, and it "
+        "collects neither threads nor open files.",
+        "soak:soak",
+        "Without huge pages, in which memory is counted by 2 MiB. Hours of training on an accelerator, whose runtime has "
+        "memory of its own.",
+    ),
 )
 
 
