@@ -23,14 +23,18 @@ from jaxllm.model.cache import Cache, make_cache
 from jaxllm.plan.bounds import ASSUMED, Bound, network_bounds, seconds_of
 from jaxllm.plan.compiled import Compiled, compile_for, memory_of, needed, share_of
 from jaxllm.plan.fits import smallest_slice
+from jaxllm.plan.sends import flows
 from jaxllm.plan.target import Target
 from jaxllm.sharding import Sharding, make_sharding
 from jaxllm.train.config import RunConfig
 from jaxllm.train.estimate.step import abstract_sharding, changes_of
 from jaxllm.train.memory import device_bytes, size
 
-#: What a phase says where it was not compiled and devices share the work.
-UNKNOWN = "no bound of networks: what devices send each other is known of compiled programs alone"
+#: What a phase says where it was not compiled and no formula knows what devices send.
+UNKNOWN = (
+    "no bound of networks: what is sent for experts, for split contexts, and for rows that do not divide over devices "
+    "is known of compiled programs alone"
+)
 
 
 #: What the kinds of memory are called.
@@ -242,7 +246,8 @@ def _phase(
         return None
     program = compiled and compiled.program
     B = shapes.request.batch
-    tokens = B if phase == "decode" else B * min(decode.PREFILL, shapes.request.context)
+    width = 1 if phase == "decode" else min(decode.PREFILL, shapes.request.context)
+    tokens = B * width
     flops = tokens * _flops_per_token(shapes, phase) / target.devices
     peak, speed = target.chip.device.bf16 * ASSUMED["products"], target.chip.device.hbm_bandwidth * ASSUMED["memory"]
     read = weights * _touched(shapes, tokens) + cache
@@ -251,13 +256,14 @@ def _phase(
         "compute": Bound(flops / peak, f"at {ASSUMED['products']:.0%} of the peak (assumed)"),
         "memory": Bound(read / speed, how),
     }
-    rows, sizes = list(program.collectives) if program else [], dict(shapes.model.sharding.mesh.shape)
-    bounds |= network_bounds(rows, sizes, target)
+    sizes = dict(shapes.model.sharding.mesh.shape)
+    rows = program.collectives if program else flows(shapes.model, B, width, phase, target.platform)
+    bounds |= network_bounds(rows or (), sizes, target)
     longest = max(bounds, key=lambda name: bounds[name].seconds)
     network = [
         {"kind": row.kind, "axes": list(row.axes), "network": row.network, "wire_bytes": row.wire_bytes}
         | {"seconds": seconds_of(row, sizes, target)}
-        for row in rows
+        for row in rows or ()
     ]
     seconds = bounds[longest].seconds
     return {
@@ -267,7 +273,8 @@ def _phase(
         "tokens_per_second": tokens / seconds,
         "tokens_per_second_per_row": tokens / B / seconds,
         "network": network,
-        "missing": UNKNOWN if program is None and target.devices > 1 else None,
+        "network_source": None if rows is None else "the compiled program" if program else "formulas",
+        "missing": UNKNOWN if rows is None else None,
     }
 
 
@@ -317,8 +324,10 @@ def show(found: dict[str, Any]) -> str:
         lines += [
             f"  {name:<18}{bound['seconds'] * 1e3:>9.2f} ms  {bound['how']}" for name, bound in one["bounds"].items()
         ]
-        if one["missing"]:
-            lines.append(f"  {one['missing']}")
+        lines += [f"  {one['missing']}"] * bool(one["missing"])
+        if one["network"]:
+            sent = sum(row["wire_bytes"] for row in one["network"])
+            lines.append(f"  a device sends {size(sent)}, by {one['network_source']}")
         lines.append(
             f"  at most {one['tokens_per_second']:,.0f} tokens/s, {one['tokens_per_second_per_row']:,.1f} for each row"
         )

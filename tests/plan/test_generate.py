@@ -9,9 +9,11 @@ from jaxllm.chips import CHIPS
 from jaxllm.errors import SettingsError
 from jaxllm.info import cache_bytes
 from jaxllm.plan.bounds import ASSUMED
-from jaxllm.plan.generate import Request, plan_generation, show
+from jaxllm.plan.generate import Request, compile_generation, make_generation, plan_generation, show
 from jaxllm.plan.read import read
+from jaxllm.plan.sends import DRAWN, flows
 from jaxllm.plan.target import parse_target
+from jaxllm.train.estimate.step import abstract_sharding
 
 
 def planned(source, topology, *overrides, compiles=False, **request):
@@ -88,11 +90,61 @@ def test_what_does_not_fit_names_the_smallest_slice_that_would_do(model, topolog
 
 
 @pytest.mark.fast
-def test_by_formulas_nothing_is_known_of_networks_and_that_is_said():
-    _, many = planned("llama3.1-8b", "v6e:2x2", batch=1, context=1024)
-    _, one = planned("llama3.1-8b", "h100:1", batch=1, context=1024)
-    assert "no bound of networks" in show(many) and "no bound of networks" not in show(one)
-    assert set(many["decode"]["bounds"]) == {"compute", "memory"}
+def test_what_is_sent_bounds_a_token():
+    """By hand: two sums of a row's stream in each layer and one behind the table, at the links' assumed share."""
+    rows, embed, layers = 16, 4096, 32
+    config, found = planned("llama3.1-8b", "h100:8", batch=rows, context=8192)
+    one = found["decode"]
+    assert config.parallel.tensor == 8 and one["network_source"] == "formulas" and one["missing"] is None
+    sent = 2 * 7 / 8 * rows * ((2 * layers + 1) * embed * 2 + DRAWN * 4)
+    assert [(row["kind"], row["axes"]) for row in one["network"]] == [("all-reduce", ["tensor"])]
+    assert one["network"][0]["wire_bytes"] == pytest.approx(sent)
+    seconds = sent / (CHIPS["h100"].ici * ASSUMED["links"])
+    assert one["bounds"]["ici"]["seconds"] == pytest.approx(seconds) and "by formulas" in show(found)
+    _, alone = planned("llama3.1-8b", "h100:1", batch=rows, context=8192)
+    assert set(alone["decode"]["bounds"]) == {"compute", "memory"} and not alone["decode"]["network"]
+    shared = ("parallel.tensor=1", "parallel.fsdp=8", "parallel.data=1")
+    _, gathers = planned("llama3.1-8b", "h100:8", *shared, batch=rows, context=8192)
+    assert gathers["decode"]["bound"] == "ici", "weights come over the links for each token"
+    weights = 7 / 8 * 2 * (8_030_261_248 - 128_256 * embed)
+    assert gathers["decode"]["network"][0]["wire_bytes"] == pytest.approx(weights, rel=0.01)
+
+
+@pytest.mark.fast
+def test_where_no_formula_knows_what_is_sent_that_is_said():
+    _, experts = planned("mixtral-8x7b", "v6e:2x2", batch=1, context=1024)
+    assert "no bound of networks" in show(experts) and experts["decode"]["network_source"] is None
+    _, replicas = planned("mixtral-8x7b", "h100:8", "parallel.tensor=1", "parallel.data=8", batch=8, context=1024)
+    assert "no bound of networks" not in show(replicas)
+
+
+SPLIT = [
+    ("parallel.data=1", "parallel.fsdp=1", "parallel.tensor=4"),
+    ("parallel.data=2", "parallel.fsdp=1", "parallel.tensor=2"),
+    ("parallel.fsdp=4",),
+    ("parallel.fsdp=2", "parallel.tensor=2"),
+]
+CASES = [(SPLIT[0], "tied", None), (SPLIT[2], "llama", "int8")]
+CASES += [
+    pytest.param(*case, marks=pytest.mark.slow) for case in ((SPLIT[1], "gemma", None), (SPLIT[3], "llama", None))
+]
+
+
+@pytest.mark.parametrize("mesh, model, weights", CASES)
+def test_bytes_that_are_sent_are_those_of_the_compiled_programs(mesh, model, weights):
+    heads = {"heads": 4, "kv_heads": 4}
+    pattern = [{"attn": one["attn"] | heads, "mlp": one["mlp"]} for one in plans.MODELS[model]["pattern"]]
+    small = plans.settings(
+        model, model={**plans.settings(model)["model"], "embed": 256, "layers": 4, "pattern": pattern}
+    )
+    target, request = parse_target("cpu:4"), Request(8, 128, weights=weights)
+    config = read(small, mesh, devices=4, generates=True).config
+    shapes = make_generation(config, abstract_sharding(config.parallel, 4), request)
+    for phase, compiled in compile_generation(config, target, request).items():
+        width = 128 if phase == "prefill" else 1
+        told = sum(row.wire_bytes for row in flows(shapes.model, 8, width, phase, "cpu"))
+        sent = sum(row.wire_bytes for row in compiled.program.collectives)
+        assert told == pytest.approx(sent, rel=0.05), phase
 
 
 def test_the_programs_are_those_that_generate():
