@@ -56,24 +56,27 @@ def no_loans(rows_E: jax.Array, devices: int, slots: int) -> Loans:
     return Loans(rows_E, *(jnp.zeros((devices, slots), rows_E.dtype) for _ in range(3)))
 
 
-def assign(rows_E: jax.Array, devices: int, slots: int) -> Loans:
+def assign(rows_E: jax.Array, devices: int, slots: int, worth: int = 0) -> Loans:
     """Loans that leave no device much more than its fair share of the rows, if slots suffice.
 
     With few slots some stay half empty, and more is left with lenders than need be: then all may take a 16th of the
     fair share more, and again, until that is enough. Integers alone, so that every device finds the same.
+
+    worth: rows beyond the share for which nobody lends.
     """
     fair = -(-jnp.sum(rows_E) // devices)
+    slack = jnp.maximum(fair // SLACK, worth)
 
     def heaviest(loans):
         return jnp.max(loans.rows_W())
 
     def uneven(state):
         tries, best = state
-        return (heaviest(best) - fair > (tries + 1) * fair // SLACK) & (tries < SLACK)
+        return (heaviest(best) - fair > tries * fair // SLACK + slack) & (tries < SLACK)
 
     def another(state):
         tries, best = state
-        found = _greedy(rows_E, fair + tries * fair // SLACK, fair // SLACK, devices, slots)
+        found = _greedy(rows_E, fair + tries * fair // SLACK, slack, devices, slots)
         better = heaviest(found) < heaviest(best)
         return tries + 1, Loans(*(jnp.where(better, a, b) for a, b in zip(found, best, strict=True)))
 
@@ -195,8 +198,9 @@ def plan(counts_E: jax.Array, axis: str, block: int, everywhere: tuple[str, ...]
     S = slots(counts_E.shape[0], L)
     counts_WE = jax.lax.all_gather(counts_E, axis)
     rows_E = jnp.sum(counts_WE, axis=0)
-    before, after = no_loans(rows_E, W, S), assign(rows_E, W, S)
-    pays = jnp.max(before.rows_W()) - jnp.max(after.rows_W()) > WORTH[platform()] * after.most()
+    worth = WORTH[platform()]
+    before, after = no_loans(rows_E, W, S), assign(rows_E, W, S, worth)
+    pays = jnp.max(before.rows_W()) - jnp.max(after.rows_W()) > worth * after.most()
     loans = Loans(*(jnp.where(pays, a, b) for a, b in zip(after, before, strict=True)))
     made = jax.lax.pmax(pays.astype(jnp.int32), everywhere) > 0
     return *exchange.laid_out(axis, *shares(counts_WE, loans), block), Borrowed(axis, made, loans)

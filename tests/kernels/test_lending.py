@@ -164,6 +164,14 @@ def test_borrowed_weights_are_those_of_their_experts_and_gradients_come_back(kin
     np.testing.assert_array_equal(np.asarray(wide)[:, L:], np.where(real[..., None], w_ED[loans.expert_WS[0]], 0))
 
 
+def test_nobody_lends_for_a_few_rows():
+    """Of 4 devices with 100 rows each but for the first: 12 more are worth a loan, 6 are not, and none where 20 go."""
+    for more, worth, lends in ((12, 0, True), (6, 0, False), (12, 20, False)):
+        rows_E = jnp.asarray([100 + more, 0, 100, 0, 100, 0, 100 - more, 0], jnp.int32)
+        loans = lending.assign(rows_E, 4, 2, worth)
+        assert (int(loans.most()) > 0) == lends and int(jnp.max(loans.rows_W())) == (100 if lends else 100 + more)
+
+
 def test_loans_that_save_less_than_their_journey_are_not_made(monkeypatch):
     assert planned("zipf", 1)[-1].all()
     monkeypatch.setattr(lending, "WORTH", {"cpu": R})
