@@ -188,7 +188,8 @@ class Trainer:
             for step in range(int(state.step) + 1, end + 1):
                 self.trace.before(step)
                 self.preemption.begin()
-                state, metrics = step_fn(state, batch)
+                with memory.within_step():
+                    state, metrics = step_fn(state, batch)
                 while checks:
                     self.say_checked(checks.pop().after(state))
                 if step < end:
@@ -242,7 +243,8 @@ class Trainer:
             skip_spikes=self.config.train.skip_spikes,
             abstract=self.abstract,
         )
-        compiled = step_fn.lower(state, batch).compile()
+        with memory.within_step():
+            compiled = step_fn.lower(state, batch).compile()
         memory.check_step(compiled)
         return compiled
 

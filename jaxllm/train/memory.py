@@ -114,25 +114,37 @@ def _check(parts: dict[str, int], advice: str, there: int | None = None) -> None
 def explained(config: "RunConfig") -> Iterator[None]:
     """Too little memory within the block, found by a check or run into, is said with what is needed and what helps.
 
-    Raises ResourceError in the place of Shortage, of an error of XLA, and, on CPU, of MemoryError.
+    Raises ResourceError in the place of Shortage, and of an error of XLA that says so.
     """
     room = available()
     try:
         yield
     except Shortage as error:
-        raise ResourceError(_with_advice(config, str(error), error.capacity, error.total)) from error
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        capacity = room if error.capacity is None else error.capacity
+        raise ResourceError(_with_advice(config, str(error), capacity, error.total)) from error
+    except jax.errors.JaxRuntimeError as error:
         if not is_exhausted(error):
             raise
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        text = f"out of memory: {first}" + ("" if room is None else f"; a device had {size(room)} at the start")
-        raise ResourceError(_with_advice(config, f"{text}; {STEP_ADVICE}", room, used(str(error)))) from error
+        raise ResourceError(_with_advice(config, _exhausted(error), room, used(str(error)))) from error
+
+
+@contextlib.contextmanager
+def within_step() -> Iterator[None]:
+    """Where a step is compiled or run. Raises Shortage for MemoryError, which on CPU is the device's as well."""
+    try:
+        yield
+    except MemoryError as error:
+        if jax.default_backend() != "cpu":
+            raise
+        raise Shortage(_exhausted(error), None) from error
+
+
+def _exhausted(error: Exception) -> str:
+    return f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]}; {STEP_ADVICE}"
 
 
 def is_exhausted(error: Exception) -> bool:
-    """Whether an error says that a device has no memory left; on CPU that is what MemoryError says."""
-    if isinstance(error, MemoryError):
-        return jax.default_backend() == "cpu"
+    """Whether an error of XLA says that a device has no memory left."""
     return "RESOURCE_EXHAUSTED" in str(error) or "bad_alloc" in str(error)
 
 

@@ -114,4 +114,7 @@ def test_generation_for_absent_tpus(tmp_path):
     words = ("--generate", "--batch", "8", "--context", "512", "parallel.fsdp=1", "parallel.tensor=4")
     found, _ = planned(tmp_path, "v6e:2x2", *words)
     assert found["memory"]["source"] == "the compiled programs" and found["decode"]["bound"] in ("memory", "ici")
-    assert any(row["axes"] == ["tensor"] and row["wire_bytes"] > 0 for row in found["decode"]["network"])
+    by_formulas, _ = planned(tmp_path, "v6e:2x2", *words, "--no-compile")
+    sent = [sum(row["wire_bytes"] for row in one["decode"]["network"]) for one in (found, by_formulas)]
+    assert sent[0] > 0 and sent[1] == pytest.approx(sent[0], rel=0.05)
+    assert all(row["axes"] == ["tensor"] for row in by_formulas["decode"]["network"])

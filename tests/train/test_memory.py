@@ -220,12 +220,25 @@ def test_running_out_of_memory_in_a_step_is_an_error_that_says_what_helps(corpus
         return lambda *_: (_ for _ in ()).throw(error)
 
     monkeypatch.setattr(Trainer, "compile", compile)
+    monkeypatch.setattr(memory, "available", lambda: 1 << 21)
     raw = small.settings(corpus, tmp_path / "run", train__batch=64)
     with pytest.raises(ResourceError) as told:
         api.train(raw, quiet=True)
     text = str(told.value)
     assert text.startswith("out of memory: ") and "more lines" not in text and "train.accumulate=" in text
-    assert all(name in text for name in TABLE) and told.value.__cause__ is error
+    assert all(name in text for name in TABLE) and "there were 2.0 MiB" in text
+    found = told.value.__cause__
+    assert error in (found, found.__cause__)
+
+
+def test_a_small_step_is_not_what_takes_the_memory():
+    text = advice.explain(wide(), "out of memory", place(2**40))
+    assert "there were 1.0 TiB" in text and "look for what else takes memory" in text and "saves" not in text
+
+
+def test_running_out_elsewhere_is_not_said_of_the_step():
+    with pytest.raises(MemoryError, match="of a list"), memory.explained(wide()):
+        raise MemoryError("of a list")
 
 
 def test_other_errors_of_xla_stay_what_they_are():

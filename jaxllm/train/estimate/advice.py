@@ -16,6 +16,8 @@ from jaxllm.train.memory import size
 NAMED, TOGETHER = 3, 4
 #: Where formulas say that it fits and it does not, so much of what they say is aimed at.
 CLOSE = 0.9
+#: Below this share of what there is, it is not the step that takes the memory.
+SMALL = 0.5
 
 Words = tuple[str, ...]
 
@@ -76,8 +78,10 @@ def explain(config: RunConfig, first: str, place: Place, total: float | None = N
     kinds = divided(held, need)
     by = "the compiler" if need > held.total else "formulas"
     head = f"a step needs {size(need)} of a device, by {by}"
-    ways = ways_to_fit(config, aimed(place, held, need))
-    return "\n".join([first, head, *table(kinds, most_of(held, kinds)), *listed(ways)])
+    lines = [first, f"{head}, and there were {size(place.capacity)}", *table(kinds, most_of(held, kinds))]
+    if need < SMALL * place.capacity:
+        return "\n".join([*lines, "that is little of what was there: look for what else takes memory of the device"])
+    return "\n".join([*lines, *listed(ways_to_fit(config, aimed(place, held, need)))])
 
 
 def aimed(place: Place, held: Held, need: float) -> Place:
