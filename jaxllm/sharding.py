@@ -146,7 +146,7 @@ class Sharding:
         spec = self.activation(axes, x.shape)
         if not self.manual:
             return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
-        return jax.lax.with_sharding_constraint(x, spec) if any(spec) else x
+        return jax.lax.with_sharding_constraint(x, spec) if self.spread > 1 else x
 
     def activation(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
         """The partition of an activation with these logical axes; an axis that does not divide is left whole."""

@@ -149,6 +149,10 @@ class Transformer(nnx.Module):
         return self._embed(tokens_BT, context, None, None)
 
     def _context(self, positions_BT, segments_BT, lengths_B, cache, sharding, kernels) -> Context:
+        # Else they are split as the residual stream, and masks and rotations sent about in every layer.
+        positions_BT, segments_BT = (
+            None if x is None else sharding.constrain(x, "batch", "seq") for x in (positions_BT, segments_BT)
+        )
         specs = [s.attn for s in self.config.layer_specs if s.attn.rope is not None]
         ropes = tuple(dict.fromkeys((attn.rope, self.config.rope_dim(attn)) for attn in specs))
         by_length = [rope.scaling for rope, _ in ropes if rope.by_length]

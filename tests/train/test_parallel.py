@@ -3,6 +3,7 @@
 The loss within 1e-6, the gradient of each weight within 1e-5 of its largest entry, in float32, on packed rows.
 """
 
+import collections
 import functools
 import math
 
@@ -11,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from jax.sharding import NamedSharding
 
 from jaxllm import tree
 from jaxllm.adapt.changes import Change, after
@@ -21,7 +21,7 @@ from jaxllm.model.build import build
 from jaxllm.model.change import change
 from jaxllm.objectives.lm import lm
 from jaxllm.plan.program import facts
-from jaxllm.sharding import ParallelConfig, make_sharding
+from jaxllm.sharding import ParallelConfig, make_sharding, names_of
 from jaxllm.train.step import abstract_state, make_state, make_train_step
 
 CONFIGS = {
@@ -75,13 +75,28 @@ def on(parallel: dict):
     return make_sharding(ParallelConfig(**{"fsdp": 1} | parallel), devices)
 
 
-def step(config, sharding, kernels: dict, key=0):
-    """`(loss, {path: gradient})` of one step, the gradient as the move of a step with learning rate 1."""
-    model = build(config, sharding, tiny.Kernels(unroll=0, **kernels))
+def compiled(config, sharding, kernels: dict, key=0):
+    """`((loss, {path: gradient}), model, program)` of one step, the gradient as the move with learning rate 1."""
+    model, tx = build(config, sharding, tiny.Kernels(unroll=0, **kernels)), optax.sgd(1.0)
     before = jax.tree.map(np.asarray, tiny.weights(model))
-    state = make_state(model, optax.sgd(1.0), jax.random.key(key), params=tiny.weights(model))
-    state, metrics = make_train_step(model, lm, optax.sgd(1.0))(state, sharding.batch(BATCH))
-    return float(metrics["loss"]), tree.flatten(jax.tree.map(lambda a, b: a - np.asarray(b), before, state.params))
+    state = make_state(model, tx, jax.random.key(key), params=tiny.weights(model))
+    batch = sharding.batch(BATCH)
+    program = make_train_step(model, lm, tx, abstract=abstract_state(model, tx)).lower(state, batch).compile()
+    state, metrics = program(state, batch)
+    moved = jax.tree.map(lambda a, b: a - np.asarray(b), before, state.params)
+    return (float(metrics["loss"]), tree.flatten(moved)), model, program
+
+
+def step(*args, **options):
+    """`(loss, {path: gradient})` of one step."""
+    return compiled(*args, **options)[0]
+
+
+@functools.cache
+def on_a_mesh(kind: str, form: str):
+    """What `compiled` gives for a form; each program is compiled once, whatever is asked of it."""
+    parallel, kernels = FORMS[form]
+    return compiled(CONFIGS[kind], on(parallel), kernels)
 
 
 def check(found, expected):
@@ -98,8 +113,7 @@ def on_one_device(kind: str):
 
 @pytest.mark.parametrize("kind,form", list(cases()))
 def test_a_form_equals_one_device(kind, form):
-    parallel, kernels = FORMS[form]
-    check(step(CONFIGS[kind], on(parallel), kernels), on_one_device(kind))
+    check(on_a_mesh(kind, form)[0], on_one_device(kind))
 
 
 @pytest.mark.slow
@@ -133,41 +147,65 @@ def test_all_tokens_at_one_expert_lose_none():
     check(found[1], found[0])
 
 
-#: Kinds of collectives that a form calls for; each has an all-reduce for the loss and the norm of the gradient.
-CALLED_FOR = {
-    "data": set(),
-    "fsdp": {"all-gather", "reduce-scatter"},
-    "context": {"all-gather", "reduce-scatter"},
-    "ring": {"all-gather", "collective-permute"},
-    "expert": {"all-gather", "reduce-scatter"},  # which stand for the ragged all-to-all on CPU
-}
+#: Bytes of sums that are of no weight: losses, counts, the norm of the gradient, what routers sum over a row.
+SMALL = 2048
 
 
-@pytest.mark.parametrize(
-    "kind,form", [("dense", "data"), ("dense", "fsdp"), ("dense", "context"), ("dense", "ring"), ("moe", "expert")]
-)
+def called_for(form: str, model) -> dict[tuple[str, str], float]:
+    """`{(kind of collective, mesh axis): the most bytes}` that a step sends along each axis, by what it is for."""
+    sizes, ring = model.sharding.mesh.shape, FORMS[form][1] == {"context": "ring"}
+    leaves = [(names_of(x.sharding.spec), x.size * x.dtype.itemsize) for x in jax.tree.leaves(model.abstract)]
+
+    def held(axes, size, gathered=()):
+        """Bytes of a weight on a device that has gathered it over some axes."""
+        return size / math.prod(sizes[axis] for axis in axes if axis not in gathered)
+
+    most = {}
+    for axis in ("data", "expert", "context"):  # of a weight that devices all have, each sums the gradient once
+        if sizes[axis] > 1:
+            most["all-reduce", axis] = sum(held(axes, n) for axes, n in leaves if axis not in axes) + SMALL
+    if sizes["fsdp"] > 1:  # others gather: for the forward pass and for the backward pass at most
+        shared = sum(held(axes, n, "fsdp") for axes, n in leaves if "fsdp" in axes)
+        most |= {("all-gather", "fsdp"): 2 * shared, ("reduce-scatter", "fsdp"): shared}
+    if sizes["expert"] > 1:  # rows that travel: on CPU a gather, and its derivative, in the place of the all-to-all
+        most |= {("all-gather", "expert"): math.inf, ("reduce-scatter", "expert"): math.inf}
+    config, spec = model.config, model.config.layer_specs[0]
+    ids = 4 * BATCH.tokens_BT.size / model.sharding.batch_size  # of whole rows of a device
+    if sizes["tensor"] > 1:
+        # Gathered (and reduced) in each layer are what attention and feed-forward read (give), forward, both and the
+        # gradients of both backward, and at both ends what the head reads and the gradient of the embedding. Experts
+        # read what the router says, too, and backward a gradient for each choice.
+        x, moe = ids / sizes["context"] * config.embed, spec.moe
+        routed = 0 if moe is None else moe.experts_per_token + (moe.experts + moe.experts_per_token) / config.embed
+        most["all-gather", "tensor"] = config.layers * (6 + routed) * x + 2 * x
+        # On CPU what is reduced and scattered is reduced and cut, the gradients by q, k, v, gate and up each by itself,
+        # and the blocks of experts in a loop; the head has three numbers a token.
+        reduced = config.layers * 7 * x + 2 * x + 3 * x / config.embed + SMALL
+        most["all-reduce", "tensor"] = reduced if moe is None else math.inf
+    if (n := sizes["context"]) > 1:
+        keys = 2 * config.layers * ids * spec.attn.kv_heads / sizes["tensor"] * config.head_dim(spec.attn)
+        if ring:  # n - 1 turns forward, and as many backward with gradients of both, which then go home
+            turns = (n - 1) * (3 * keys + config.layers * 4 * ids) + keys
+            most |= {("all-gather", "context"): 5 * ids, ("collective-permute", "context"): turns / n}
+        else:  # the batch, keys and values of each layer, and where they lie
+            most |= {("all-gather", "context"): 7 * ids + keys, ("reduce-scatter", "context"): keys}
+    return most
+
+
+@pytest.mark.parametrize("kind,form", list(cases()))
 def test_no_collective_that_the_form_does_not_call_for(kind, form):
-    """Also no all-reduce of an array larger than the vectors, but where weights are replicated (data, context)."""
-    parallel, kernels = FORMS[form]
-    sharding, tx = on(parallel), optax.sgd(1.0)
-    model = build(CONFIGS[kind], sharding, tiny.Kernels(unroll=0, **kernels))
-    state = abstract_state(model, tx)
-    rows = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(sharding.mesh, sharding.rows_spec(x.ndim))
-        ),
-        BATCH,
-    )
-    program = facts(make_train_step(model, lm, tx, abstract=state).lower(state, rows).compile(), sharding.mesh)
-    assert {one.kind for one in program.collectives} - {"all-reduce"} == CALLED_FOR[form]
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract))
-    summed = sum(one.payload_bytes for one in program.collectives if one.kind == "all-reduce")
-    if form == "fsdp":
-        assert summed < 1024, "gradients are summed in parts"
-        gathered = sum(one.payload_bytes for one in program.collectives if one.kind == "all-gather")
-        assert gathered < 2.2 * weights, "once for the forward pass, once more for the backward pass at most"
-    elif form != "expert":
-        assert 0.9 * weights < summed < 1.1 * weights, "each gradient is summed once"
+    """Along each axis of the mesh those of its own form, no more bytes than that takes, and each of them is there."""
+    _, model, program = on_a_mesh(kind, form)
+    most, found = called_for(form, model), collections.Counter()
+    for one in facts(program, model.sharding.mesh).collectives:
+        assert one.kind == "all-reduce" or len(one.axes) == 1, one
+        for axis in one.axes:
+            found[one.kind, axis] += one.payload_bytes
+    sums_of_weights = {key: most[key] - SMALL for key in most if key[0] == "all-reduce" and key[1] != "tensor"}
+    for key, payload in found.items():
+        assert payload <= most.get(key, SMALL if key[0] == "all-reduce" else 0), key
+    for key in most:
+        assert found[key] >= sums_of_weights.get(key, 1), f"{key} is missing"
 
 
 def adapted(sharding):
