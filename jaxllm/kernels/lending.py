@@ -174,9 +174,10 @@ def _travel_back(axis, held, loans: Loans, dx_S):
     owner_WS, index_WS = _places(loans, held)
     W, S = owner_WS.shape
     apart = exchange.to_slots(axis, owner_WS, jnp.arange(W * S, dtype=jnp.int32).reshape(W, S))
-    came_N = apart.back(dx_S, W * S).astype(jnp.float32)  # zeros, but for slots that hold what is lent from here
-    zeros = jnp.zeros((held, *dx_S.shape[1:]), jnp.float32)
-    return zeros.at[index_WS.reshape(-1)].add(came_N).astype(dx_S.dtype), None
+    came_N = apart.back(dx_S, W * S)  # zeros, but for slots that hold what is lent from here
+    of_NL = jax.nn.one_hot(index_WS.reshape(-1), held, dtype=dx_S.dtype)
+    exact = dict(precision="highest", preferred_element_type=jnp.float32)
+    return jnp.einsum("NL,N...->L...", of_NL, came_N, **exact).astype(dx_S.dtype), None
 
 
 _travel.defvjp(lambda axis, held, x_L, loans: (_travel(axis, held, x_L, loans), loans), _travel_back)
