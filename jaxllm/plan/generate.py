@@ -27,6 +27,7 @@ from jaxllm.plan.sends import flows
 from jaxllm.plan.target import Target
 from jaxllm.sharding import Sharding, make_sharding
 from jaxllm.train.config import RunConfig
+from jaxllm.train.estimate.advice import NAMED, Saving, listed
 from jaxllm.train.estimate.step import abstract_sharding, changes_of
 from jaxllm.train.memory import device_bytes, size
 
@@ -159,7 +160,44 @@ def plan_generation(
 
 
 def _advice(config: RunConfig, request: Request, memory: dict[str, Any], target: Target) -> str:
-    """Both sizes, and the smallest slice that would do."""
+    """Both sizes, the smallest slice that would do, and what would make it fit where it is."""
+    ways = ways_to_fit(config, request, memory, target)
+    return "\n".join([_place(config, request, memory, target), *(listed(ways) if ways else [])])
+
+
+def ways_to_fit(
+    config: RunConfig, request: Request, memory: dict[str, Any], target: Target
+) -> list[tuple[Saving, ...]]:
+    """Fewer bits, rows or tokens that fit, by formulas and with the temporaries as they are; or fewer bits together."""
+    sharding = abstract_sharding(config.parallel, target.devices, target.slices)
+    beside = memory["kinds"]["temporaries"]
+
+    def tried(now: float, options: tuple[str, ...], **changes) -> Saving | None:
+        try:
+            shapes = make_generation(config, sharding, dataclasses.replace(request, **changes))
+        except UserError:
+            return None
+        total = device_bytes(shapes.params) + device_bytes(shapes.cache) + beside
+        return Saving(options, now - total, total) if total < 0.99 * now else None
+
+    def halves(name: str, least: int) -> list[Saving | None]:
+        sizes = [getattr(request, name) // 2**n for n in range(1, 12)]
+        return [tried(memory["total"], (f"--{name} {n}",), **{name: n}) for n in sizes if n >= least]
+
+    caches = [tried(memory["total"], ("--cache int8",), cache="int8")] * (request.cache == "float")
+    bits = [tried(memory["total"], (f"--weights {x}",), weights=x) for x in ("int8", "int4") if request.weights is None]
+    ways = []
+    for found in (caches, bits, halves("batch", 1), halves("context", 2)):
+        ways += [(one,) for one in found if one and one.total <= memory["capacity"]][:1]
+    if ways or not (caches and bits):
+        return ways[:NAMED]
+    first = tried(memory["total"], ("--weights int4",), weights="int4")
+    both = first and tried(first.total, ("--cache int8",), weights="int4", cache="int8")
+    return [(first, both)] if both and both.total <= memory["capacity"] else []
+
+
+def _place(config: RunConfig, request: Request, memory: dict[str, Any], target: Target) -> str:
+    """What does not fit where, and the smallest slice that would do."""
 
     def fits(config: RunConfig, there: Target) -> bool:
         try:

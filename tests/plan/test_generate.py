@@ -1,6 +1,7 @@
 """Plans of generation: weights, cache, and what memory and compute allow."""
 
 import json
+import re
 
 import plans
 import pytest
@@ -14,6 +15,7 @@ from jaxllm.plan.read import read
 from jaxllm.plan.sends import DRAWN, flows
 from jaxllm.plan.target import parse_target
 from jaxllm.train.estimate.step import abstract_sharding
+from jaxllm.train.memory import size
 
 
 def planned(source, topology, *overrides, compiles=False, **request):
@@ -81,12 +83,31 @@ def test_what_cannot_be_generated():
 def test_what_does_not_fit_names_the_smallest_slice_that_would_do(model, topology, words):
     request = {"batch": 1, "context": 1024}
     _, found = planned(model, topology, *words, **request)
-    where = found["advice"].partition("without temporaries: ")[2]
+    where = found["advice"].splitlines()[0].partition("without temporaries: ")[2]
     there, _, changed = where.partition(", with ")
     _, fits = planned(model, there, *words, *filter(None, changed.split(", ")), **request)
     assert not found["memory"]["fits"] and fits["memory"]["fits"]
     half = fits["topology"]["chips"] // 2
     assert 2 * 70.5e9 > half * fits["memory"]["capacity"], "half of the chips could not even hold the weights"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "request_, names",
+    [
+        ({"batch": 64, "context": 8192}, ["--cache", "--batch", "--context"]),
+        ({"batch": 96, "context": 8192, "cache": "int8"}, ["--weights", "--batch", "--context"]),
+    ],
+)
+def test_what_does_not_fit_names_fewer_bits_rows_or_tokens_that_do(request_, names):
+    _, found = planned("llama3.1-8b", "h100:1", **request_)
+    told = re.findall(r"^  (--\w+) (\w+) +saves (.+), which leaves (.+)$", found["advice"], re.M)
+    assert [name for name, *_ in told] == names
+    for name, value, saves, leaves in told:
+        change = {name[2:]: int(value) if value.isdigit() else value}
+        _, there = planned("llama3.1-8b", "h100:1", **request_ | change)
+        less = found["memory"]["total"] - there["memory"]["total"]
+        assert there["memory"]["fits"] and (size(less), size(there["memory"]["total"])) == (saves, leaves)
 
 
 @pytest.mark.fast
