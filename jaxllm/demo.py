@@ -37,7 +37,8 @@ SET_BY_THE_CLOCK = ("train.steps", "train.eval_every", "checkpoint.every")
 def demo(*, moe: bool = False, minutes: float = 5.0, out: str | None = None, overrides=()) -> Result:
     """Trains a small model on the standard library for about `minutes` in all, and shows what it learned.
 
-    The number of steps follows from the speed measured at the start; everything else is in configs/runs/demo.yaml.
+    The number of steps follows from the speed measured at the start, or is that of a demo before this one which took
+    its time; everything else is in configs/runs/demo.yaml.
     """
     started = time.monotonic()
     check_arguments(minutes, overrides)
@@ -49,12 +50,17 @@ def demo(*, moe: bool = False, minutes: float = 5.0, out: str | None = None, ove
     tokenizer.save(folder.tokenizer_dir)
     for name, store in prepare(config.data, tokenizer).items():
         print(f"     {name}: {store.documents} files, {store.text_bytes:,} bytes, {store.tokens:,} tokens")
-    print("2/4  Measuring the speed of a training step", flush=True)
-    seconds = seconds_per_step(config)
-    left = minutes * 60 * 0.95 - (time.monotonic() - started) - RESERVE * min(1.0, minutes / 2)
-    steps = as_before(config, minutes, max(fewest_steps(config), int(left / seconds)))
-    print(f"3/4  Training: {steps} steps of about {seconds:.2f} s", flush=True)
+    if steps := known_steps(config, minutes):
+        print(f"2/4  {minutes:g} minutes were enough for {steps} steps before", flush=True)
+    else:
+        print("2/4  Measuring the speed of a training step", flush=True)
+        left = minutes * 60 * 0.95 - (time.monotonic() - started) - RESERVE * min(1.0, minutes / 2)
+        steps = max(fewest_steps(config), int(left / seconds_per_step(config)))
+        remember_steps(config, minutes, steps)
+    print(f"3/4  Training: {steps} steps", flush=True)
     result = train(with_steps(config, steps))
+    if not 0.75 < (time.monotonic() - started) / 60 / minutes < 1.1:
+        remember_steps(config, minutes, None)
     if result.status != "finished":
         again = f"{command_name()} train {shlex.quote(out)}/settings.yaml"
         print(f"{result.status} at step {result.summary['steps']}; to go on: {again}")
@@ -85,21 +91,25 @@ def fewest_steps(config: RunConfig) -> int:
     return max(20, 2 * (config.optim.schedule.warmup or 0))
 
 
-def as_before(config: RunConfig, minutes: float, steps: int) -> int:
-    """The steps of the demo before this one, where they are within a tenth of `steps`, else `steps`.
+def known_steps(config: RunConfig, minutes: float) -> int | None:
+    """The steps of an earlier demo like this one: its step is found compiled, and need not be measured again."""
+    path, key = _memory(config, minutes)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        steps = json.loads(path.read_text()).get(key)
+        return steps if isinstance(steps, int) and steps >= fewest_steps(config) else None
 
-    A step is compiled for a schedule of so many steps; for the same number it is found in the cache, seconds earlier.
-    """
-    path = Path(config.data.cache).expanduser() / "demo.json"
-    key = digest([settings_of.to_dict(dataclasses.replace(config, out=None)), minutes])
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        before = json.loads(path.read_text()).get(key, 0)
-        if abs(before - steps) <= steps / 10:
-            return before
+
+def remember_steps(config: RunConfig, minutes: float, steps: int | None) -> None:
+    """For the next demo; None forgets."""
+    path, key = _memory(config, minutes)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({key: steps}))
-    return steps
+        path.write_text(json.dumps({} if steps is None else {key: steps}))
+
+
+def _memory(config: RunConfig, minutes: float) -> tuple[Path, str]:
+    settings = settings_of.to_dict(dataclasses.replace(config, out=None))
+    return Path(config.data.cache).expanduser() / "demo.json", digest([settings, minutes, jax.__version__])
 
 
 def with_steps(config: RunConfig, steps: int) -> RunConfig:

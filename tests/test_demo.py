@@ -50,3 +50,25 @@ def test_the_command_is_named_as_it_can_be_found(active, tmp_path, monkeypatch):
     assert demo.command_name() == ("jaxllm" if active else ".venv/bin/jaxllm")
     script.unlink()
     assert demo.command_name() == ".venv/bin/python -m jaxllm.cli"
+
+
+def test_a_second_demo_takes_the_steps_of_the_first_unless_its_time_was_another(tmp_path, monkeypatch):
+    clock, trained = iter([0.0, 0.0, 60.0, 0.0, 60.0, 0.0, 90.0, 0.0, 0.0, 60.0]), []
+    monkeypatch.setattr(demo.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(demo, "seconds_per_step", lambda config: 0.1)
+    monkeypatch.setattr(demo, "RunFolder", lambda config: SimpleNamespace(tokenizer_dir="", open_tokenizer=tokenizer))
+    monkeypatch.setattr(demo, "prepare", lambda *_: {})
+    tokenizer = lambda _: SimpleNamespace(save=lambda folder: None)  # noqa: E731
+
+    def train(config):
+        trained.append(config.train.steps)
+        return SimpleNamespace(status="preempted", folder="x", summary={"steps": 1})
+
+    monkeypatch.setattr(demo, "train", train)
+    for _ in range(4):  # measured; remembered; remembered, and too slow; measured
+        demo.demo(minutes=1.0, out="x", overrides=[f"data.cache={tmp_path}"])
+    assert trained == [395] * 4 and next(clock, None) is None, "the clock is read once more to measure"
+    demo.remember_steps(config := load_run("demo", [f"data.cache={tmp_path}"])[0], 1.0, 300)
+    assert demo.known_steps(config, 1.0) == 300 and demo.known_steps(config, 2.0) is None
+    (tmp_path / "demo.json").write_text("[")
+    assert demo.known_steps(config, 1.0) is None
