@@ -81,6 +81,10 @@ class Lab:
         """How Python starts the command line."""
         return ["-m", "jaxllm.cli"]
 
+    def module(self, name: str) -> list[str]:
+        """How Python starts a module of this package."""
+        return ["-m", f"jaxllm.verify.{name}"]
+
     def corpus(self) -> Path:
         """A folder with text and a tokenizer, made once: a few files of the standard library's source."""
         folder = self.shared / "corpus"
@@ -147,11 +151,14 @@ class Lab:
         return os.environ | ours | more
 
     @contextlib.contextmanager
-    def started(self, settings: Path, overrides: Sequence[str] = (), *, verb: str = "train", **options):
-        """A process of `jaxllm train`, which does not outlive the block; `process.said()` is what it printed."""
+    def started(self, settings: Path, overrides: Sequence[str] = (), *, command: Sequence[str] = (), **options):
+        """A process of `jaxllm train`, which does not outlive the block; `process.said()` is what it printed.
+
+        `command`: how Python starts the command line, `self.command` by default.
+        """
         said = (self.folder / f"said-{time.monotonic_ns()}").open("w+b")
-        command = [sys.executable, *self.command, verb, str(settings), *overrides]
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, **{"env": self.environ()} | options)
+        argv = [sys.executable, *(command or self.command), "train", str(settings), *overrides]
+        process = subprocess.Popen(argv, stdout=said, stderr=subprocess.STDOUT, **{"env": self.environ()} | options)
         process.said = lambda: Path(said.name).read_text("utf-8", "replace")
         try:
             yield process

@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxllm.errors import UserError
@@ -36,17 +37,19 @@ def lost(lab: Lab) -> Found:
 
 
 @contextlib.contextmanager
-def pair(lab: Lab, out: Path, **changes):
+def pair(lab: Lab, out: Path, command: Sequence[str] = (), **changes):
     """Two processes of one run on this machine, with folders of their own and one of checkpoints, as in a pod."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    options = {"parallel": {"processes": 2}, "checkpoint__folder": str(out / "checkpoints")} | changes
+    options = {"parallel": {"processes": 2}, "train__steps": STEPS, "checkpoint__folder": str(out / "checkpoints")}
+    options |= changes
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
                 lab.started(
-                    lab.settings(out / f"run{rank}", train__steps=STEPS, **options),
+                    lab.settings(out / f"run{rank}", **options),
+                    command=command,
                     env=lab.environ(JAX_COORDINATOR_ADDRESS=address, JAX_PROCESS_ID=str(rank)),
                 )
             )

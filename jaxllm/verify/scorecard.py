@@ -84,6 +84,14 @@ ROWS: tuple[Row, ...] = (
         "damage:refused",
     ),
     Row(
+        7,
+        "other devices",
+        "A checkpoint opens on other devices, meshes and numbers of processes with the same bits of weights and "
+        "optimizer, and the next loss is the same within 1e-6.",
+        "meshes:moved",
+        "Devices of a CPU stand in for accelerators, and two processes for the hosts of a pod.",
+    ),
+    Row(
         8,
         "place in the data",
         "A stream cut anywhere goes on with the same global tokens, whoever reads it.",
@@ -146,13 +154,21 @@ ROWS: tuple[Row, ...] = (
         "Rows are cut to 128 tokens on CPU and 256 elsewhere, for each device that shares them.",
     ),
     Row(
+        16,
+        "determinism",
+        "A run's losses come again bit for bit and are those that were recorded; a step is the same in microbatches "
+        "and on other devices: the loss within 1e-6, each gradient within 1e-5, relative.",
+        "golden:determinism",
+        "CPU in float32. Accelerators add in other orders.",
+    ),
+    Row(
         17,
         "loss of a process",
         "Where one of two processes of a run is killed, the other says so in a line and ends within a minute; started "
         "again, both go on to the same bits.",
         "pods:lost",
-        "Two processes on one machine stand in for the hosts of a pod. A machine whose network is cut is noticed by the "
-        "kernel's keepalive, after 30 seconds.",
+        "Two processes on one machine stand in for the hosts of a pod. A machine whose network is cut is noticed by "
+        "the kernel's keepalive, after 30 seconds.",
     ),
     Row(
         18,
@@ -160,8 +176,8 @@ ROWS: tuple[Row, ...] = (
         "2,000 steps with 100 saves: the memory of the process grows by less than 2 % after the first 200, and it "
         "collects neither threads nor open files.",
         "soak:soak",
-        "Without huge pages, in which memory is counted by 2 MiB. Hours of training on an accelerator, whose runtime has "
-        "memory of its own.",
+        "Without huge pages, in which memory is counted by 2 MiB. Hours of training on an accelerator, whose runtime "
+        "has memory of its own.",
     ),
 )
 
