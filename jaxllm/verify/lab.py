@@ -112,7 +112,7 @@ class Lab:
                 "tokenizer": str(corpus / "tokenizer"),
                 "cache": str(self.shared / "cache"),
             },
-            "train": {"steps": 8, "seq_len": 32, "batch": 8},
+            "train": {"steps": 8, "seq_len": 32, "batch": 8, "self_check": False},
             "optim": {"lr": 1e-2},
             "checkpoint": {"every": 2, "keep": 3},
         }

@@ -13,19 +13,21 @@ STEPS = 8
 #: How far the next loss may be off, relative: devices add in other orders.
 LOSS = 1e-6
 MOE = MODEL | {
-    "pattern": [{"attn": MODEL["pattern"][0]["attn"], "moe": {"experts": 4, "experts_per_token": 2, "ffw": 32}}]
+    "pattern": [{"attn": MODEL["pattern"][0]["attn"], "moe": {"experts": 4, "experts_per_token": 2, "ffw": 32}}],
 }
 #: `(model, the links of a chain)`; a link is `(devices, overrides)` and goes on where the one before it was.
 CHAINS = {
-    "1 to 8 to 2 to 1": (MODEL, [(1, []), (8, []), (2, []), (1, [])]),
+    "1 to 8, tensor and context, 2 and 1": (
+        MODEL,
+        [(1, []), (8, []), (8, ["parallel.tensor=2", "parallel.context=2"]), (2, []), (1, [])],
+    ),
+}
+MORE = {
+    "8 to 1 with experts": (MOE, [(8, ["parallel.expert=4"]), (1, []), (8, []), (4, ["parallel.tensor=2"])]),
     "tensor to context to data": (
         MODEL,
         [(4, ["parallel.tensor=2"]), (8, ["parallel.context=2"]), (2, ["parallel.fsdp=1", "parallel.data=2"])],
     ),
-    "experts on 4 devices to 1": (MOE, [(8, ["parallel.expert=4"]), (1, [])]),
-}
-MORE = {
-    "8 to 1 with experts": (MOE, [(8, []), (1, []), (8, ["parallel.expert=4"]), (4, ["parallel.tensor=2"])]),
     "tensor to tensor": (MODEL, [(2, ["parallel.tensor=2"]), (8, ["parallel.tensor=2"]), (4, []), (8, [])]),
 }
 

@@ -6,10 +6,12 @@ tried and which of them failed. What a check must notice is planted by its test 
 
 import dataclasses
 import datetime
+import multiprocessing
 import platform
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 from jaxllm.errors import SettingsError
@@ -28,6 +30,8 @@ class Row:
     """`module:function` in this package; loaded when the row is run."""
     limits: str = ""
     """What it cannot show on one machine."""
+    alone: bool = False
+    """It goes by the clock, so that no other row may run beside it."""
 
     def load(self) -> Callable[[Lab], Found]:
         import importlib
@@ -60,6 +64,7 @@ ROWS: tuple[Row, ...] = (
         "with nothing new to save; a second signal ends it at once. It goes on to the same bits.",
         "signals:stopped",
         "The preemption of a real pod, which tells all of its hosts.",
+        alone=True,
     ),
     Row(
         4,
@@ -68,6 +73,7 @@ ROWS: tuple[Row, ...] = (
         "and costs no step of training; the next one works once there is space. No exit code 0 if the last one failed.",
         "disk:full",
         "A limit on the size of files stands in for the disk. Object stores are not tried.",
+        alone=True,
     ),
     Row(
         5,
@@ -137,6 +143,7 @@ ROWS: tuple[Row, ...] = (
         "crash, nothing over two seconds, no allocation of more than twice the file.",
         "files:mutated",
         "Damage is random, and seeds are small files.",
+        alone=True,
     ),
     Row(
         14,
@@ -190,27 +197,55 @@ def chosen(numbers: Sequence[int]) -> list[Row]:
     return [known[number] for number in numbers] if numbers else list(ROWS)
 
 
-def run(rows: Sequence[Row], lab: Lab) -> dict[str, Any]:
-    """Runs the rows one after the other, shows each as it ends, and gives what `--json` holds.
+def run(rows: Sequence[Row], lab: Lab, *, jobs: int = 1, keep: Callable[[dict], None] = lambda found: None) -> dict:
+    """Runs the rows, shows each as it ends, and gives what `--json` holds.
 
-    A check that raises is a row that failed: its error is the failure.
+    jobs: rows at a time, each in a process of its own where there are several. keep: gets what was found so far after
+    each row, so that hours of checks are not lost with the last one. A check that raises is a row that failed: its
+    error is the failure.
     """
-    found = []
+    found: dict[int, dict[str, Any]] = {}
+
+    def whole() -> dict[str, Any]:
+        return {"rows": [found[n] for n in sorted(found)], "tier": "long" if lab.long else "quick", "seed": lab.seed}
+
+    def take(result: dict[str, Any]) -> None:
+        found[result["row"]] = result
+        lab.say(line(result))
+        keep(whole() | facts())
+
+    beside = [row for row in rows if not row.alone] if jobs > 1 else []
+    if beside:
+        lab.corpus()  # which they share
+        lab.say(f"rows {', '.join(str(row.number) for row in beside)}, {jobs} at a time ...")
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+            quiet = dataclasses.replace(lab, say=_nothing)
+            for ended in as_completed([pool.submit(run_one, row, quiet) for row in beside]):
+                take(ended.result())
     for row in rows:
-        started = time.monotonic()
-        lab.say(f"{row.number:2}  {row.name} ...")
-        with lab.row(row.number) as own:
-            try:
-                result = row.load()(own)
-            except Exception as error:  # one row that breaks down must not hide the others
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                text = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
-                result = Found(0, (text,), "the check broke down")
-        seconds = time.monotonic() - started
-        found.append({"row": row.number, "name": row.name, "passed": result.passed, "seconds": round(seconds, 1)})
-        found[-1] |= {"cases": result.cases, "figure": result.figure, "failures": list(result.failures[:20])}
-        lab.say(line(found[-1]))
-    return {"rows": found, "tier": "long" if lab.long else "quick", "seed": lab.seed} | facts()
+        if row not in beside:
+            lab.say(f"{row.number:2}  {row.name} ...")
+            take(run_one(row, lab))
+    return whole() | facts()
+
+
+def run_one(row: Row, lab: Lab) -> dict[str, Any]:
+    """What is found of one row."""
+    started = time.monotonic()
+    with lab.row(row.number) as own:
+        try:
+            result = row.load()(own)
+        except Exception as error:  # one row that breaks down must not hide the others
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
+            result = Found(0, (text,), "the check broke down")
+    found = {"row": row.number, "name": row.name, "passed": result.passed, "cases": result.cases}
+    seconds = round(time.monotonic() - started, 1)
+    return found | {"seconds": seconds, "figure": result.figure, "failures": list(result.failures[:20])}
+
+
+def _nothing(text: str) -> None:
+    pass
 
 
 def facts() -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""`python -m jaxllm.verify.states`: `jaxllm` that notes the bits of each state it saves and restores.
+"""`python -m jaxllm.verify.states FOLDER train RUN.yaml [KEY=VALUE ...]`: notes the bits of all it saves and restores.
 
-The folder `states` beside the run's own gets `saved-<step>.json` and `restored-<step>.json`: a hash for each array, as
-it is with the parts of all devices and processes put together.
+FOLDER gets `saved-<step>.json` and `restored-<step>.json`: a hash for each array, as it is with the parts of all
+devices and processes put together.
 """
 
 import hashlib
@@ -54,10 +54,13 @@ def watch(folder: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    from jaxllm.cli import main
+    from jaxllm.train.load import load_run
+    from jaxllm.train.loop import train
 
-    watch(Path(argv[0]))
-    return main(argv[1:])
+    folder, _, settings, *overrides = argv
+    watch(Path(folder))
+    train(load_run(settings, overrides)[0], quiet=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -46,14 +46,20 @@ def test_a_check_that_breaks_down_or_tries_nothing_has_failed(tmp_path):
 
 def test_the_verb_writes_json_and_a_page_and_says_in_its_exit_code(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(typos, "NEAREST", 0.5)
-    argv = ["verify", "11", "14", "--json", str(tmp_path / "found.json"), "--page", str(tmp_path / "page.md")]
-    assert cli.main(argv) == 0 and "2 of 2 rows hold" in capsys.readouterr().out
-    found = json.loads((tmp_path / "found.json").read_text())
+    files = ["--json", str(tmp_path / "found.json"), "--page", str(tmp_path / "page.md")]
+    assert cli.main(["verify", "11", "14", "--jobs", "1", *files]) == 0
+    assert "2 of 2 rows hold" in capsys.readouterr().out
+    text_of_found = (tmp_path / "found.json").read_text()
+    found = json.loads(text_of_found)
     text = (tmp_path / "page.md").read_text()
     assert [row["row"] for row in found["rows"]] == [11, 14] and found["versions"]["jax"] in text
     assert all(row.limits in text for row in ROWS)
     found["rows"][0] |= {"passed": False, "failures": ["x was accepted"]}
     assert "**does not hold**: x was accepted" in page(found)
+    argv = ["verify", "11", "14", "--json", str(tmp_path / "again.json")]
+    assert cli.main(argv) == 0, "and two at a time, in processes of their own"
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert [row["figure"] for row in again["rows"]] == [row["figure"] for row in json.loads(text_of_found)["rows"]]
     assert cli.parse(["verify"]).run_file is None and cli.parse(["verify", "--run", "a.yaml"]).run_file == "a.yaml"
     monkeypatch.setattr(typos, "NEAREST", 1.1)
     assert cli.main(["verify", "11"]) == 1
