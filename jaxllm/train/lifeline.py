@@ -19,8 +19,9 @@ import jax
 
 from jaxllm.checkpoint.together import first_says
 
-#: Seconds in which the others reach the first process, or the run goes without.
+#: Seconds in which the others reach the first process, or go without; in which one that has says who it is.
 CONNECT = 20
+HELLO = 2
 #: Seconds without an answer of the other machine: the first probe, those after it, and how many.
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 #: Longer than all of them.
@@ -28,6 +29,8 @@ PATIENCE = 35
 #: Seconds in which all processes come to an error that they share.
 GRACE = 5
 BYE = "bye"
+#: Bytes of a line at most.
+LINE = 1 << 16
 
 
 class Lifeline:
@@ -42,7 +45,10 @@ class Lifeline:
             listener = socket.create_server(("", 0)) if jax.process_index() == 0 else None
             host, port, token = first_says(lambda: [_host(), listener.getsockname()[1], secrets.token_hex()])
             try:
-                self._others = self._accept(listener, token) if listener else {0: _connect(host, port, token)}
+                if listener:
+                    self._accept(listener, token)
+                else:
+                    self._others[0] = _connect(host, port, token)
             except OSError as error:
                 print(f"processes cannot see whether others are alive ({error}); the run goes on", file=sys.stderr)
             for other in self._others.values():
@@ -58,19 +64,25 @@ class Lifeline:
         last = BYE if error is None or isinstance(error, SystemExit) else str(error).partition("\n")[0] or kind.__name__
         self._tell(jax.process_index(), last)
 
-    def _accept(self, listener: socket.socket, token: str) -> dict[int, socket.socket]:
-        others: dict[int, socket.socket] = {}
-        listener.settimeout(CONNECT)
+    def _accept(self, listener: socket.socket, token: str) -> None:
+        """Answers the others, who wait for that: who is not answered goes without. Raises OSError where some stay away,
+        and keeps those that came, for whom a connection that ends means a process that is gone."""
+        until = time.monotonic() + CONNECT
         with listener:
-            while len(others) < jax.process_count() - 1:
+            while len(self._others) < jax.process_count() - 1:
+                listener.settimeout(max(0.01, until - time.monotonic()))
                 other, _ = listener.accept()
-                other.settimeout(CONNECT)
-                said, _, rank = _line(other).decode("ascii", "replace").strip().partition(" ")
-                if said == token:
-                    others[int(rank)] = other
-                else:  # a stranger
+                other.settimeout(HELLO)
+                try:
+                    said, _, rank = _line(other).decode("ascii", "replace").strip().partition(" ")
+                    known = said == token and rank.isdecimal()
+                    if known:
+                        other.sendall(b"\n")
+                        self._others[int(rank)] = other
+                except OSError:
+                    known = False
+                if not known:  # a stranger
                     other.close()
-        return others
 
     def _tell(self, who: int, text: str, but: int | None = None) -> None:
         """Says to the others, `but` one, how a process ended."""
@@ -123,6 +135,9 @@ def _host() -> str:
 def _connect(host: str, port: int, token: str) -> socket.socket:
     other = socket.create_connection((host, port), timeout=CONNECT)
     other.sendall(f"{token} {jax.process_index()}\n".encode())
+    other.settimeout(2 * CONNECT)  # longer than the first process waits for anybody
+    if not _line(other):
+        raise ConnectionError("the first process did not answer")
     return other
 
 
@@ -134,8 +149,8 @@ def _keep_alive(other: socket.socket) -> None:
 
 
 def _line(other: socket.socket) -> bytes:
-    """Up to the end of a line, or what came before the connection ended."""
+    """Up to the end of a line; nothing where the connection ends before it, or the line is too long."""
     read = b""
-    while not read.endswith(b"\n") and (byte := other.recv(1)):
+    while not read.endswith(b"\n") and len(read) < LINE and (byte := other.recv(1)):
         read += byte
     return read if read.endswith(b"\n") else b""
