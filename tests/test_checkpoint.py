@@ -368,6 +368,18 @@ def test_a_failed_save_is_reported_cleaned_up_and_the_next_one_works(tmp_path, m
         assert checkpoints.failed is None and names(tmp_path) == ["1", "2"]
 
 
+def test_what_a_failed_save_still_writes_goes_with_its_marker(tmp_path, monkeypatch):
+    """Late writes of a failed save keep its folder for a moment: folder and marker go with the next save or the end."""
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "seal", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            patch.setattr(type(checkpoints.folder), "rmtree", lambda *_, **__: (_ for _ in ()).throw(OSError(39, "")))
+            checkpoints.save(2, make_state(2), {})
+            checkpoints.wait()
+            assert {path.name for path in tmp_path.glob("2*")} == {"2", "2.unfinished"}
+    assert not list(tmp_path.glob("2*"))
+
+
 def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     state = make_state()
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))

@@ -258,6 +258,7 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 if not manifest.sealed(self.folder / str(step)):
                     (self.folder / str(step)).rmtree(missing_ok=True)
+                    self._marker(step).unlink(missing_ok=True)
 
     def _open(self) -> None:
         """Takes the folder, where there is one, before anything in it is touched."""
@@ -271,8 +272,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._lock is not None:
                 self._lock.take()
-            self._marker(step).touch()
             self._sweep()
+            self._marker(step).touch()
         except OSError as error:
             raise unwritable(self.folder, error, "choose another checkpoint.folder") from None
         check_space(self.folder, self._need)

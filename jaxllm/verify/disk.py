@@ -4,7 +4,7 @@ import re
 import resource
 from pathlib import Path
 
-from jaxllm.verify.lab import PATIENCE, Found, Lab, differences, leftovers, saved_steps, until
+from jaxllm.verify.lab import PATIENCE, Found, Lab, differences, last_step, leftovers, saved_steps, until
 
 #: Bytes of a file at most: enough for metrics and figures, too few for the weights of a model that is so wide.
 LIMIT = 150_000
@@ -46,6 +46,9 @@ def _run(lab: Lab, settings: Path, out: Path, recovers: bool) -> list[str]:
         problems.append("a traceback instead of a line")
     if missing := before - saved_steps(out):
         problems.append(f"older steps are gone: {sorted(missing)}")
+    if (last := last_step(out)) != STEPS:
+        problems.append(f"training went on to step {last} of {STEPS}")
+    problems += [f"left behind by the failed save: {name}" for name in leftovers(out)]
     if recovers and code:
         problems.append(f"exit code {code} though the last save worked: {text[-300:]}")
     if recovers and STEPS not in saved_steps(out):

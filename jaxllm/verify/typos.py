@@ -16,27 +16,39 @@ NEAREST = 0.95
 
 def typos(lab: Lab) -> Found:
     """One-edit typos over all the settings: each refused, and the nearest setting named."""
-    known, cases = paths(RunConfig), lab.count(300, 3000)
+    known, base, cases = paths(RunConfig), entries(RunConfig), lab.count(300, 3000)
     failures, right, wrong = [], 0, []
-    for _ in range(cases):
+    for number in range(cases):
         path, siblings = lab.random.choice(known)
         head, _, key = path.rpartition(".")
         typo = mistyped(key, siblings, lab.random)
         whole = f"{head}.{typo}" if head else typo
         try:
-            settings_of.merge(RunConfig, {"model": {"pattern": [{}]}, "data": {"sources": [{}]}}, [f"{whole}=1"])
+            if number % 2:
+                settings_of.merge(RunConfig, base, [f"{whole}=1"])
+            else:
+                settings_of.parse(RunConfig, written(base, whole.split(".")))
         except SettingsError as error:
-            meant = re.search(r"did you mean ([\w.]+)\?", str(error))
-            near = meant is not None and meant[1] == path
+            if f"unknown setting {whole}" not in str(error):  # what else the settings lack is refused as well
+                failures.append(f"{whole} was not refused")
+            meant = re.search(rf"unknown setting {re.escape(whole)}; did you mean ([\w.]+)\?", str(error))
+            near = meant is not None and meant[1] == (path if number % 2 else key)
             right += near
             wrong += [] if near else [f"{whole} -> {meant[1] if meant else 'nothing'}"]
         else:
             failures.append(f"{whole} was accepted")
     if right < NEAREST * cases:
         failures.append(f"the right setting was named for {right} of {cases}; not for {', '.join(wrong[:5])}")
-    return Found(
-        cases, tuple(failures), f"{cases} typos over {len(known)} settings refused, {right} with the right one"
-    )
+    figure = f"{cases} typos over {len(known)} settings, in files and overrides, refused, {right} with the right one"
+    return Found(cases, tuple(failures), figure)
+
+
+def written(raw, parts: list[str]):
+    """The settings with the value 1 at `parts`, as a file might say it."""
+    head, *rest = parts
+    if isinstance(raw, list):
+        return [written(raw[0], rest)]
+    return raw | {head: written(raw.get(head, {}), rest) if rest else 1}
 
 
 def paths(cls, prefix: str = "", depth: int = 0) -> list[tuple[str, frozenset[str]]]:
@@ -44,13 +56,24 @@ def paths(cls, prefix: str = "", depth: int = 0) -> list[tuple[str, frozenset[st
     fields, out = settings_of._fields(cls), []
     for name, annotation in fields.items():
         out.append((f"{prefix}{name}", frozenset(fields)))
-        section = settings_of._section(annotation)
-        if section is None or depth > 4 or settings_of._has_free_keys(annotation):
-            continue
-        listed = "0." if _is_list(annotation) else ""
-        if not listed or f"{prefix}{name}" in ("model.pattern", "data.sources"):  # lists that the base has
-            out += paths(section, f"{prefix}{name}.{listed}", depth + 1)
+        if (section := _inside(annotation, depth)) is not None:
+            out += paths(section, f"{prefix}{name}.{'0.' if _is_list(annotation) else ''}", depth + 1)
     return out
+
+
+def entries(cls, depth: int = 0) -> dict:
+    """Settings in which each list has an entry, so that there is something to mistype in it."""
+    out = {}
+    for name, annotation in settings_of._fields(cls).items():
+        if (section := _inside(annotation, depth)) is not None:
+            inside = entries(section, depth + 1)
+            out |= {name: [inside]} if _is_list(annotation) else {name: inside} if inside else {}
+    return out
+
+
+def _inside(annotation, depth: int):
+    """The settings class behind an annotation, but where keys are of the user's choice."""
+    return None if depth > 4 or settings_of._has_free_keys(annotation) else settings_of._section(annotation)
 
 
 def _is_list(annotation) -> bool:

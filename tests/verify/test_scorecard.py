@@ -11,6 +11,7 @@ from labs import few, made, planted
 
 from jaxllm import checkpoint, cli
 from jaxllm.errors import DataError, SettingsError
+from jaxllm.train.config import RunConfig
 from jaxllm.train.load import load_run
 from jaxllm.verify import code, crash, damage, disk, files, kills, scorecard, signals, stream, typos
 from jaxllm.verify.lab import Found, Lab, said
@@ -128,8 +129,12 @@ def test_streams_and_a_loader_that_starts_a_row_late(lab, monkeypatch):
 def test_typos_and_settings_that_swallow_unknown_keys(lab, monkeypatch):
     found = typos.typos(lab)
     assert found.passed and found.cases == 300, found.failures
+    known = {path for path, _ in typos.paths(RunConfig)}
+    assert {"optim.lr", "model.prefix.0.moe.ffw", "train.stages.0.steps", "qat.rules.0.format"} <= known
     monkeypatch.setattr(typos.settings_of, "merge", lambda *_: None)
-    assert len(typos.typos(lab).failures) >= 300
+    assert len(typos.typos(lab).failures) >= 150, "as overrides"
+    monkeypatch.setattr(typos.settings_of, "parse", lambda *_: None)
+    assert len(typos.typos(lab).failures) >= 300, "and in a file"
 
 
 @pytest.mark.fast
@@ -177,6 +182,30 @@ def test_signals_and_a_run_that_goes_on_after_one(lab, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_second_signal_that_is_ignored(lab, monkeypatch):
+    """Planted: the process ends with its save, which takes seconds, and not at once."""
+    fault = "import os, types; from jaxllm.checkpoint import preemption\n"
+    fault += "preemption.os = types.SimpleNamespace(**{**vars(os), '_exit': lambda code: None})\n"
+    monkeypatch.setattr(signals, "SLOW", signals.SLOW.replace("20", "3") + fault)
+    out = lab.folder / "run"
+    found = signals._twice(lab, lab.settings(out, train__steps=signals.STEPS), out)
+    assert found[0].startswith("exit code 0: ") and found[1].startswith("the second signal took "), found
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_first_compilation_that_waits_for_it(lab, monkeypatch):
+    """Planted: nobody knows that there is nothing new to save."""
+    planted(
+        monkeypatch,
+        "from jaxllm.train import loop; whole = loop.Preemption\n"
+        "loop.Preemption = lambda idle, exit_code: whole(exit_code=exit_code)",
+    )
+    out = lab.folder / "run"
+    found = signals._in_the_first_compilation(lab, lab.settings(out, train__steps=signals.STEPS), out)
+    assert found and ("was saved" in found[0] or "with nothing new to save" in found[0]), found
+
+
+@pytest.mark.slow
 def test_a_full_disk_and_a_failure_that_nobody_hears_of(lab, monkeypatch):
     planted(
         monkeypatch,
@@ -185,6 +214,24 @@ def test_a_full_disk_and_a_failure_that_nobody_hears_of(lab, monkeypatch):
     monkeypatch.setattr(disk, "PATIENCE", 30)
     with pytest.raises(ValueError, match="ended too early"):
         disk.full(lab)
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_a_save_that_leaves_something_and_is_forgotten(lab, monkeypatch):
+    """Planted: what a failed save wrote stays, and the exit code does not know of it."""
+    planted(
+        monkeypatch,
+        "import dataclasses; from jaxllm.checkpoint import Checkpoints; from jaxllm.train import loop\n"
+        "fail, finish = Checkpoints._fail, loop.finish\n"
+        "Checkpoints._fail = lambda self, step, error: (fail(self, step, error), self._marker(step).touch())\n"
+        "Checkpoints._sweep = lambda self: None\n"
+        "loop.finish = lambda *args: dataclasses.replace(finish(*args), saved=True)",
+    )
+    out = lab.folder / "run"
+    settings = lab.settings(out, train__steps=disk.STEPS, checkpoint__keep=100, model__embed=disk.EMBED)
+    found = disk._run(lab, settings, out, recovers=False)
+    assert found[-1] == "exit code 0 though the last save failed", found
+    assert all(text.startswith("left behind by the failed save: ") for text in found[:-1]) and len(found) > 1, found
 
 
 def test_what_is_logged_is_kept_from_the_screen_and_given(capsys):
