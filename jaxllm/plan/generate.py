@@ -36,8 +36,10 @@ UNKNOWN = (
     "no bound of networks: what is sent for experts, for split contexts, and for rows that do not divide over devices "
     "is known of compiled programs alone"
 )
-
-
+#: What is said where no setting that is tried would do.
+NO_WAY = "nothing of this would do by itself: fewer bits (--weights, --cache), or a lower --batch or --context"
+#: Formats of weights in fewer bits than each.
+FEWER = {None: ("int8", "int4"), "int8": ("int4",)}
 #: What the kinds of memory are called.
 CALLED = {"parameters": "parameters", "cache": "key-value cache", "temporaries": "temporaries"}
 
@@ -162,7 +164,7 @@ def plan_generation(
 def _advice(config: RunConfig, request: Request, memory: dict[str, Any], target: Target) -> str:
     """Both sizes, the smallest slice that would do, and what would make it fit where it is."""
     ways = ways_to_fit(config, request, memory, target)
-    return "\n".join([_place(config, request, memory, target), *(listed(ways) if ways else [])])
+    return "\n".join([_place(config, request, memory, target), *(listed(ways) if ways else [NO_WAY])])
 
 
 def ways_to_fit(
@@ -182,17 +184,17 @@ def ways_to_fit(
 
     def halves(name: str, least: int) -> list[Saving | None]:
         sizes = [getattr(request, name) // 2**n for n in range(1, 12)]
-        return [tried(memory["total"], (f"--{name} {n}",), **{name: n}) for n in sizes if n >= least]
+        return [tried(memory["total"], (f"--{name}", str(n)), **{name: n}) for n in sizes if n >= least]
 
-    caches = [tried(memory["total"], ("--cache int8",), cache="int8")] * (request.cache == "float")
-    bits = [tried(memory["total"], (f"--weights {x}",), weights=x) for x in ("int8", "int4") if request.weights is None]
+    caches = [tried(memory["total"], ("--cache", "int8"), cache="int8")] * (request.cache == "float")
+    bits = [tried(memory["total"], ("--weights", x), weights=x) for x in FEWER.get(request.weights, ())]
     ways = []
     for found in (caches, bits, halves("batch", 1), halves("context", 2)):
         ways += [(one,) for one in found if one and one.total <= memory["capacity"]][:1]
     if ways or not (caches and bits):
         return ways[:NAMED]
-    first = tried(memory["total"], ("--weights int4",), weights="int4")
-    both = first and tried(first.total, ("--cache int8",), weights="int4", cache="int8")
+    first = tried(memory["total"], ("--weights", "int4"), weights="int4")
+    both = first and tried(first.total, ("--cache", "int8"), weights="int4", cache="int8")
     return [(first, both)] if both and both.total <= memory["capacity"] else []
 
 
@@ -209,11 +211,10 @@ def _place(config: RunConfig, request: Request, memory: dict[str, Any], target: 
 
     text = (
         f"{target.name}: a device needs {size(memory['total'])} ({', '.join(_listed(memory))}) and has "
-        f"{size(memory['capacity'])}; store weights or cache in fewer bits (--weights int8, --cache int8), "
-        "lower --batch or --context"
+        f"{size(memory['capacity'])}"
     )
     if target.topology is None:
-        return f"{text}, or split the weights over more devices (parallel.tensor)"
+        return f"{text}; split the weights over more devices (parallel.tensor)"
     smallest = smallest_slice(config, target, ((_as_it_is, _by_heads), (_by_heads_and_layers,)), fits)
     if smallest is None:
         return f"{text}; no slice of this chip would do as it is"

@@ -68,7 +68,8 @@ def test_what_cannot_be_generated():
     with pytest.raises(SettingsError, match="--batch 0"):
         Request(batch=0, context=8)
     _, found = planned("llama3.1-70b", "h100:1", batch=1, context=1024)
-    assert not found["memory"]["fits"] and "--weights int8" in found["advice"]
+    assert not found["memory"]["fits"] and "--weights int4" in found["advice"]
+    assert "int8" not in found["advice"], "that would be too large as well"
 
 
 @pytest.mark.fast
@@ -108,6 +109,16 @@ def test_what_does_not_fit_names_fewer_bits_rows_or_tokens_that_do(request_, nam
         _, there = planned("llama3.1-8b", "h100:1", **request_ | change)
         less = found["memory"]["total"] - there["memory"]["total"]
         assert there["memory"]["fits"] and (size(less), size(there["memory"]["total"])) == (saves, leaves)
+
+
+@pytest.mark.fast
+def test_fewer_bits_are_fewer_than_those_that_are_asked():
+    """Codes of 8 bits can be of 4; where these are too large as well, nothing is advised that would not help."""
+    request = {"batch": 1, "context": 1024, "weights": "int8"}
+    _, found = planned("llama3.1-70b", "h100:1", **request)
+    assert re.findall(r"^  (.+?) +saves", found["advice"], re.M) == ["--weights int4"]
+    _, none = planned("llama3.1-405b", "h100:1", **request | {"weights": "int4"})
+    assert "saves" not in none["advice"] and "nothing of this would do by itself" in none["advice"]
 
 
 @pytest.mark.fast
