@@ -11,6 +11,7 @@ from jaxllm.plan.compiled import needed
 from jaxllm.plan.plan import compile_step
 from jaxllm.plan.traffic import flows_of
 from jaxllm.plan.work import work_of
+from jaxllm.train.estimate import advice
 from jaxllm.train.estimate.attention import kernel_of, pairs_of
 from jaxllm.train.estimate.held import held_by
 
@@ -74,6 +75,21 @@ def check(step, target, program, memory: bool = True):
         assert held.total == pytest.approx(needed(program.memory, target.platform), rel=0.15)
     state = held.parameters + held.optimizer + held.batch
     assert state == pytest.approx(program.memory.arguments, rel=1e-3), "what is there before the step is known exactly"
+
+
+def test_experts_on_loan_need_room():
+    """On CPU each expert may waste a block of 256 rows. Without loans, less is needed, and that is advised."""
+    for platform, rows in (("tpu", 0), ("cpu", 2 * 256)):
+        wait, lend = (
+            plans.described("moe", "cpu:8", "parallel.expert=2", "parallel.fsdp=4", f"kernels.experts={name}")[0]
+            for name in ("wait", "lend")
+        )
+        before, after = held_by(wait, platform), held_by(lend, platform)
+        assert before.moment == after.moment == "layer"
+        assert after.activations - before.activations == rows * 4 * (192 + 192) * 8, "gate and up of eight layers"
+        loans = 4 * 128 * 192 * 2 * 2  # of two devices, that borrow two experts each
+        assert after.temporaries - before.temporaries == pytest.approx(loans + rows * 4 * (3 * 128 + 5 * 192))
+        assert [list(advice._wait(step.config, step)) for step in (wait, lend)] == [[], [("kernels.experts=wait",)]]
 
 
 def test_another_policy_than_the_compiled_one_would_show():

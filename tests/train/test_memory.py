@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,6 +154,15 @@ def test_what_changes_what_is_learnt_comes_last():
     assert alone == ["parallel.data=4", "train.accumulate=2", "model.remat=full"]
     assert advice.ways_to_fit(config, place(1)) == []
     assert advice.listed([]) == ["no other settings would make it fit on so many devices"]
+
+
+def test_ways_are_lines_that_a_shell_takes():
+    """Braces and spaces are quoted; the first heading says what they are for, those after it that they are others."""
+    lora, rows = (advice.Saving((word,), 1.0, 1.0) for word in ("lora={rank: 16}", "train.batch=8"))
+    lines = advice.listed([(lora, rows), (rows, lora)])
+    assert [line for line in lines if line[0] != " "] == ["it would fit with these together", "or with these together"]
+    typed = [shlex.split(line.partition("  saves ")[0]) for line in lines if line[0] == " "]
+    assert typed == [["lora={rank: 16}"], ["train.batch=8"], ["train.batch=8"], ["lora={rank: 16}"]]
 
 
 def test_overrides_are_those_that_a_settings_file_takes():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 
 from jaxllm import config as settings_of
@@ -35,8 +36,8 @@ class Saving:
 
     @property
     def words(self) -> str:
-        """As one types them, and on how many devices."""
-        return " ".join(self.overrides) + (f" on {self.devices} devices" if self.devices else "")
+        """As one types them into a shell, and on how many devices."""
+        return shlex.join(self.overrides) + (f" on {self.devices} devices" if self.devices else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,8 @@ def listed(ways: Sequence[tuple[Saving, ...]]) -> list[str]:
     width = max(len(one.words) for way in ways for one in way)
     alone, chains = [way[0] for way in ways if len(way) == 1], [way for way in ways if len(way) > 1]
     groups = [("it would fit with" + " one of these" * (len(alone) > 1), alone)] * bool(alone)
-    groups += [("it would fit with these together" if not alone else "or with these together", way) for way in chains]
+    for chain in chains:
+        groups.append(("or with these together" if groups else "it would fit with these together", chain))
     lines = []
     for head, savings in groups:
         lines.append(head)
@@ -225,6 +227,11 @@ def _remat(config: RunConfig, step: Step) -> Iterator[Words]:
     yield from (("model.remat=full",),) * (config.model.remat != "full")
 
 
+def _wait(config: RunConfig, step: Step) -> Iterator[Words]:
+    """Experts on loan need room, used or not."""
+    yield from (("kernels.experts=wait",),) * (config.kernels.experts != "wait")
+
+
 def _dtype(config: RunConfig, step: Step) -> Iterator[Words]:
     yield from (("model.dtype=bfloat16",),) * (config.model.dtype == "float32")
 
@@ -279,6 +286,6 @@ def _divisors(n: int) -> list[int]:
 
 #: Settings that save memory, each in steps from the least to the most: those that cost time alone, then those that
 #: change what is learnt.
-FREE = (_fsdp, _accumulate, _remat, _dtype, _ema, _optimizer)
+FREE = (_fsdp, _accumulate, _remat, _wait, _dtype, _ema, _optimizer)
 LATER = (_lora, _quantize, _rows, _length)
 LADDERS = (*FREE, *LATER, _layers)

@@ -21,7 +21,7 @@ from jaxllm.model.spec import remat_policy_names
 from jaxllm.objectives.lm import chunks_of
 from jaxllm.sharding import names_of
 from jaxllm.train.estimate.attention import BACKEND, kernel_of, pairs_of
-from jaxllm.train.estimate.parts import expert_rows, is_unrolled, microbatch_tokens, ways
+from jaxllm.train.estimate.parts import borrowed, expert_rows, is_unrolled, microbatch_tokens, ways
 from jaxllm.train.estimate.step import Step
 from jaxllm.train.memory import device_bytes, size
 
@@ -269,7 +269,14 @@ def _layer(step: Step, platform: str) -> float:
     if not is_unrolled(step, platform) and remat_policy_names(config.remat) is not None:
         whole = (_all(step, spec, u, platform, config.embed) for spec in config.pattern[:-1])
         before = microbatch_tokens(step) * sum(whole)
-    return layer_bytes(step, platform) + before + _largest(step) * u
+    return layer_bytes(step, platform) + before + (_largest(step) + _lent(step)) * u
+
+
+def _lent(step: Step) -> float:
+    """Numbers of the gradients of a matrix that come back to the device that lent it, with room for all loans."""
+    config, devices = step.model.config, step.sharding.mesh.shape["expert"]
+    moes = [spec.moe for spec in config.layer_specs if spec.moe]
+    return max((devices * borrowed(step, moe) * config.embed * moe.ffw for moe in moes), default=0)
 
 
 def layer_bytes(step: Step, platform: str) -> float:

@@ -2,6 +2,7 @@
 
 import math
 
+from jaxllm.kernels import lending
 from jaxllm.kernels.backend import tracing_for
 from jaxllm.kernels.experts import block_size, rows_needed
 from jaxllm.model.layer import LayerSpec, MoeSpec
@@ -32,8 +33,14 @@ def expert_rows(step: Step, moe: MoeSpec, platform: str) -> tuple[float, float]:
         return own, own
     with tracing_for(platform):
         block = block_size(own * parts, moe.experts)
-        room = rows_needed(own * parts, moe.experts // parts, block)
+        room = rows_needed(own * parts, moe.experts // parts + borrowed(step, moe), block)
     return room, room if block > 1 else own
+
+
+def borrowed(step: Step, moe: MoeSpec) -> int:
+    """Experts that a device has room for beside its own (`kernels.experts=lend`)."""
+    lends = step.config.kernels.experts == "lend" and moe.capacity_factor is None
+    return lending.slots(moe.experts, moe.experts // step.sharding.mesh.shape["expert"]) if lends else 0
 
 
 def ways(sharding: Sharding, axes) -> int:
