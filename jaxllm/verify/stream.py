@@ -6,8 +6,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from jaxllm.verify.lab import Found, Lab
 
@@ -16,47 +15,83 @@ BATCH, LENGTH = 8, 32
 READERS = tuple(itertools.product((0, 2), (1, 2, 4)))
 
 
+#: Batches that are read of each stream; and of the first of two stages.
+STEPS, FIRST = 24, 9
+
+#: Streams one after the other, each with the batches that are read of it: the stages of a run.
+Stages = tuple[tuple[Any, int], ...]
+
+
 def position(lab: Lab) -> Found:
     """Streams of every kind of source, cut anywhere and read on by other readers, are those of one whole reading."""
-    streams, failures, cases = _streams(lab), [], 0
-    for name, stream in streams.items():
-        steps = 24
-        whole = [hashlib.sha256(batch).hexdigest() for batch in _read(stream, 0, steps, 0, 1)]
-        for _ in range(lab.count(300, 3000) // len(streams)):
-            cut, (ahead, processes) = lab.random.randrange(1, steps), lab.random.choice(READERS)
-            then, others = lab.random.choice(READERS)
-            first = _read(stream, 0, cut, ahead, processes)
-            rest = _read(stream, cut * BATCH, min(steps, cut + 2) - cut, then, others)
-            found = [hashlib.sha256(batch).hexdigest() for batch in (*first, *rest)]
-            cases += 1
+    streams, failures, cases, inside, ends = _streams(lab), [], 0, 0, 0
+    for name, (stages, wanted) in streams.items():
+        whole = [hashlib.sha256(row).hexdigest() for row in _read(wanted, 0, STEPS, 0, 1)]
+        cuts = [lab.random.randrange(1, STEPS) * BATCH for _ in range(-(-lab.count(300, 3000) // len(streams)))]
+        if len(stages) > 1:
+            cuts.append(FIRST * BATCH)
+        elif len(stages[0][0].names) == 1 and (epoch := stages[0][0].sources[0].per_epoch) < (STEPS - 1) * BATCH:
+            cuts.append(epoch)  # with which no batch need end
+            ends += 1
+        for cut in cuts:
+            (ahead, processes), (then, others) = lab.random.choice(READERS), lab.random.choice(READERS)
+            first = _read(stages, 0, -(-cut // BATCH), ahead, processes)[:cut]
+            rest = _read(stages, cut, min(STEPS - -(-cut // BATCH), 2), then, others)
+            found = [hashlib.sha256(row).hexdigest() for row in (*first, *rest)]
+            cases, inside = cases + 1, inside + _in_a_document(stages, cut)
             if found != whole[: len(found)]:
-                failures.append(f"{name}: cut after {cut} batches ({processes} then {others} readers)")
-    figure = f"{cases} cuts over {len(streams)} kinds of sources, with 0 and 2 batches ahead and 1, 2 and 4 processes"
+                failures.append(f"{name}: cut after {cut} rows ({processes} then {others} readers)")
+    if not (inside and ends):
+        failures.append(f"{inside} cuts fell inside a document, {ends} at the end of an epoch")
+    figure = (
+        f"{cases} cuts over {len(streams)} kinds of sources, {inside} inside a document and {ends} at the end of an "
+        "epoch, with 0 and 2 batches ahead and 1, 2 and 4 processes"
+    )
     return Found(cases, tuple(failures), figure)
 
 
-def _read(stream, start: int, steps: int, ahead: int, processes: int) -> list[bytes]:
-    """The bytes of so many global batches: tokens, targets, masks, positions and segments of all processes in order."""
+def _read(stages: Stages, start: int, steps: int, ahead: int, processes: int) -> list[bytes]:
+    """The bytes of the rows of so many global batches: tokens, targets, masks, positions and segments.
+
+    From row `start` on, through one stage after the other, of all processes in order.
+    """
     from jaxllm.data.loader import Loader
 
-    options = dict(start=start, processes=processes, prefetch=ahead)
-    loaders = [Loader(stream, BATCH, process=process, **options) for process in range(processes)]
-    out = []
-    for _ in range(steps):
-        shares = [next(loader) for loader in loaders]
-        parts = zip(*((x for x in share if x is not None) for share in map(_arrays, shares)), strict=True)
-        out.append(b"".join(np.concatenate(part).tobytes() for part in parts))
-    for loader in loaders:
-        loader.close()
+    out, begin = [], 0
+    for stream, batches in stages:
+        end = begin + batches * BATCH
+        at, count = start + len(out), min(steps - len(out) // BATCH, -(-(end - start - len(out)) // BATCH))
+        if begin <= at < end and count > 0:
+            options = dict(start=at - begin, processes=processes, prefetch=ahead)
+            loaders = [Loader(stream, BATCH, process=process, **options) for process in range(processes)]
+            for _ in range(count):
+                for share in [next(loader) for loader in loaders]:
+                    out += [b"".join(x[row].tobytes() for x in _arrays(share)) for row in range(BATCH // processes)]
+            for loader in loaders:
+                loader.close()
+        begin = end
     return out
+
+
+def _in_a_document(stages: Stages, row: int) -> bool:
+    """Whether a row goes on with a document that another row has begun."""
+    for stream, batches in stages:
+        if row < batches * BATCH:
+            source, k = stream.locate(row)
+            return stream.sources[source].pieces(k)[0][1] > 0
+        row -= batches * BATCH
+    return False
 
 
 def _arrays(batch) -> list:
     return [batch.tokens_BT, batch.targets_BT, batch.mask_BT, batch.positions_BT, batch.segments_BT]
 
 
-def _streams(lab: Lab) -> dict:
-    """A stream for each kind of source; short texts, so that epochs end and packs are cut within the batches read."""
+def _streams(lab: Lab) -> dict[str, tuple[Stages, Stages]]:
+    """Of each kind the stages that are cut, and those whose rows they have to be.
+
+    Short texts, so that epochs end and packs are cut within the batches read.
+    """
     from jaxllm.data.config import DataConfig
     from jaxllm.data.prepare import prepare
     from jaxllm.data.sources import Source
@@ -67,12 +102,20 @@ def _streams(lab: Lab) -> dict:
     tokenizer = Tokenizer.load(lab.corpus() / "tokenizer")
     sources = {kind: Source(name=kind, path=str(path)) for kind, path in _files(lab).items()}
     out, kinds = {}, {kind: [source] for kind, source in sources.items()}
-    stages = [Stage(name=name, steps=9, batch=BATCH, seq_len=LENGTH) for name in ("one", "two")]
+    lengths = dict(one=FIRST, two=STEPS - FIRST)
+    stages = [Stage(name=name, steps=steps, batch=BATCH, seq_len=LENGTH) for name, steps in lengths.items()]
     for kind, used in (kinds | {"mixture": list(sources.values())}).items():
         weighted = tuple(dataclasses.replace(one, weight=1 + number) for number, one in enumerate(used))
         data = DataConfig(sources=weighted, cache=str(lab.folder / "cache"))
+        if kind == "mixture":
+            stages[1] = dataclasses.replace(stages[1], weights={"text": 1.0, "jsonl": 2.0})
         first, second = make_streams(data, stages, prepare(data, tokenizer, say=lambda _: None))
-        out |= {kind: first} | ({"the stage after": second} if kind == "mixture" else {})
+        whole, both = ((first, STEPS),), ((first, FIRST), (second, STEPS - FIRST))
+        out[kind] = whole, whole
+        if kind == "text":  # a stage goes on where the one before it ended
+            out["a stage boundary"] = both, whole
+        if kind == "mixture":
+            out["a mixture that changes with its stage"] = both, both
     return out
 
 

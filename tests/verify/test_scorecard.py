@@ -111,11 +111,15 @@ def test_refusals_and_a_run_that_starts_over(lab, monkeypatch):
 
 
 def test_streams_and_a_loader_that_starts_a_row_late(lab, monkeypatch):
-    from jaxllm.data import loader
+    from jaxllm.data import loader, mixture
 
     few(monkeypatch, 60)
     found = stream.position(Lab(made(lab, "a"), say=lab.say))
-    assert found.passed and found.cases >= 50, found.failures
+    assert found.passed and found.cases >= 60, found.failures
+    with monkeypatch.context() as patch:  # planted: each stage begins at the first row
+        patch.setattr(mixture.Mixture, "reached", lambda self, row: {})
+        failures = stream.position(Lab(made(lab, "stages"), say=lab.say)).failures
+        assert failures and all(text.startswith("a stage boundary: ") for text in failures), failures
     init = loader.Loader.__init__
     monkeypatch.setattr(
         loader.Loader,
