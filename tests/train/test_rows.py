@@ -12,6 +12,7 @@ import tiny
 from jax.sharding import NamedSharding
 
 from jaxllm.data.store import TokenStore
+from jaxllm.errors import TrainingError
 from jaxllm.model.build import build
 from jaxllm.objectives.distill import DistillConfig, teach
 from jaxllm.objectives.logprobs import token_logprobs
@@ -152,3 +153,29 @@ def test_references_and_teachers_see_a_devices_part_of_the_rows(monkeypatch):
     assert set(seen) == {(2, 8)}
     np.testing.assert_array_equal(taught.top_ids_BTN[..., 0], batch.tokens_BT)
     np.testing.assert_array_equal(-taught.top_logprobs_BTN[..., 0], batch.tokens_BT)
+
+
+@pytest.mark.parametrize("kind", ["dense", "capacity", "sure", "deaf", "late"])
+def test_a_teacher_is_refused_where_it_is_not_of_its_tokens_and_nowhere_else(kind, monkeypatch):
+    """Experts drop an earlier token for a later one's first choice; and of most tokens a sure teacher says the same."""
+    moe = {"experts": 4, "capacity_factor": 0.5, "experts_per_token": 2} if kind == "capacity" else None
+    model = build(tiny.config(moe=moe), on({"data": 1}))
+    says = {
+        "sure": lambda model, params, batch: jnp.where(batch.tokens_BT[..., None] % 2 == 0, 0.0, -1e-7),
+        "deaf": lambda model, params, batch: jnp.zeros((*batch.tokens_BT.shape, 1)),
+        "late": lambda model, params, batch: -jnp.roll(batch.tokens_BT, -1, axis=1)[..., None].astype(jnp.float32),
+    }.get(kind)
+    if says:
+        unsure = tiny.batch(rows=8, length=32).tokens_BT[0, 16]
+        says_ = lambda *args: says(*args) - (kind == "sure") * (args[2].tokens_BT[..., None] == unsure)  # noqa: E731
+        monkeypatch.setattr(
+            teacher, "teach", lambda *args, **_: (jnp.zeros((*args[2].tokens_BT.shape, 1), int), says_(*args))
+        )
+    monkeypatch.setattr(teacher, "frozen_model", lambda *_: (model, tiny.weights(model)))
+    one = teacher.Teacher(DistillConfig(teacher="-", top_k=1), model.config, model.sharding, None, accumulate=1)
+    taught = one(model.sharding.batch(tiny.batch(rows=8, length=32)), 0)
+    if kind in ("deaf", "late"):
+        with pytest.raises(TrainingError, match="not of its tokens"):
+            one.check(taught)
+    else:
+        assert one.check(taught)
