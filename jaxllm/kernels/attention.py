@@ -45,7 +45,7 @@ def attention(
     """
     if sharding is not None and sharding.across("context"):
         return _across(q_BTNH, k_BKSH, v_BKSH, form, where, heads, kind, sharding, ring)
-    if kind != "auto" and _split(sharding):  # self-checks, references and teachers look from outside
+    if kind != "auto" and _split(sharding):  # evaluations and comparisons in hand look from outside
         _say(f"attention: reference for what is not a step of training (parallel.context), not {kind}")
         kind = "reference"
     if kind == "auto":
