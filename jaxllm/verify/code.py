@@ -1,7 +1,10 @@
 """Row 14: nothing that a file holds is run as code, and no path in a file leads out of its folder."""
 
 import ast
+import contextlib
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +60,10 @@ messages[0].content.format.__self__.__class__.__init__
 
 #: What an index of weights may name, from `FOLDER/secret` up.
 PATHS = ("../secret.safetensors", "/etc/passwd", "..", "a/../../secret.safetensors", "sub/../../secret.safetensors")
+#: And what an adapter may say of its base, from `FOLDER/secret` up.
+BASES = ("../secret", "../secret/adapter_model.safetensors", "sub/../../secret", "..")
+#: Settings of an adapter that hold text, and by which peft finds files.
+NAMED = ("base_model_name_or_path", "revision", "auto_mapping", "layers_pattern", "task_type")
 
 
 def no_code(lab: Lab) -> Found:
@@ -66,9 +73,12 @@ def no_code(lab: Lab) -> Found:
     failures = []
     for path in files:
         failures += unsafe(path.read_text("utf-8"), path.relative_to(package).as_posix())
-    failures += list(_escapes()) + list(_paths(lab))
-    figure = f"{len(files)} files searched, {len(ESCAPES)} template escapes and {len(PATHS)} paths out refused"
-    return Found(len(files) + len(ESCAPES) + len(PATHS), tuple(failures), figure)
+    failures += list(_escapes()) + list(_paths(lab)) + list(_adapters(lab))
+    figure = (
+        f"{len(files)} files searched, {len(ESCAPES)} template escapes refused, {len(PATHS)} paths out of an index "
+        f"refused and {len(BASES) + 1} of an adapter never opened"
+    )
+    return Found(len(files) + len(ESCAPES) + len(PATHS) + len(BASES) + 1, tuple(failures), figure)
 
 
 def unsafe(source: str, where: str) -> Iterator[str]:
@@ -108,6 +118,44 @@ def _escapes() -> Iterator[str]:
         # What is not refused must have come to nothing: jinja renders the undefined as an empty text.
         if text.strip() or messages != [{"role": "user", "content": "hello"}]:
             yield f"the template {{{{ {expression} }}}} gave {text[:60]!r}"
+
+
+def _adapters(lab: Lab) -> Iterator[str]:
+    """Adapters whose settings name paths wherever they may hold text: nothing outside their folder is opened."""
+    from jaxllm.verify.files import seeds
+
+    folder, readers = seeds(lab)
+    secret, config = folder / "secret", folder / "peft/adapter_config.json"
+    secret.mkdir()
+    for path in (folder / "peft").iterdir():
+        (secret / path.name).write_bytes(path.read_bytes())
+    whole = json.loads(config.read_text())
+    with _opened(secret) as opened:
+        for path in (*BASES, str(secret)):
+            config.write_text(json.dumps(whole | dict.fromkeys(NAMED, path)))
+            with contextlib.suppress(UserError):
+                readers["peft/adapter_config.json"]()
+            if opened:
+                yield f"an adapter that names {path} had {opened[0]} opened"
+                opened.clear()
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[list[str]]:
+    """The files under a folder that this process opens within the block."""
+    opened: list[str] = []
+    within = True
+
+    def hook(event: str, args) -> None:  # hooks stay for the life of a process
+        if within and event == "open" and isinstance(args[0], (str, os.PathLike)):
+            path = os.path.realpath(args[0])
+            opened.extend([path] * path.startswith(f"{folder.resolve()}{os.sep}"))
+
+    sys.addaudithook(hook)
+    try:
+        yield opened
+    finally:
+        within = False
 
 
 def _paths(lab: Lab) -> Iterator[str]:

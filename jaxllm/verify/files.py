@@ -22,7 +22,7 @@ MODEL = {
 
 def mutated(lab: Lab) -> Found:
     """Files of each kind with random damage: no crash, no hang, no large allocation."""
-    folder, readers = _seeds(lab)
+    folder, readers = seeds(lab)
     cases, failures, refused = lab.count(100, 10_000), [], 0
     for number in range(cases):
         name, read = lab.random.choice(list(readers.items()))
@@ -101,7 +101,7 @@ def _another(value: Any, random: Random) -> Any:
     return random.choice(VALUES)
 
 
-def _seeds(lab: Lab):
+def seeds(lab: Lab):
     """A folder with a small model in each published form, and what reads each of its files."""
     import jax
 

@@ -18,8 +18,8 @@ VOCAB, ROWS, LENGTH = 61, 4, 32
 
 
 def planted(lab: Lab) -> Found:
-    """Every objective without a fault, and every fault."""
-    failures = []
+    """On by default for every objective; each without a fault, and every fault."""
+    failures = [f"runs of {name} do not look at their first batch by default" for name in _off_by_default()]
     for name in PASSES:
         if error := _stopped(name, contextlib.nullcontext()):
             failures.append(f"{name}, without a fault: {error}")
@@ -30,9 +30,25 @@ def planted(lab: Lab) -> Found:
         if error is None or not re.search(said, error):
             failures.append(f"{what} ({objective}): {error or 'not noticed'}")
     _forget()
-    caught = len(FAULTS) - sum("without a fault" not in text for text in failures)
+    caught = len(FAULTS) - sum(text.startswith(tuple(f"{what} (" for what, *_ in FAULTS)) for text in failures)
     figure = f"{len(PASSES)} kinds of runs looked at without a fault, {caught} of {len(FAULTS)} planted faults caught"
     return Found(len(PASSES) + len(FAULTS), tuple(failures), figure)
+
+
+#: What makes a run of text one of another objective.
+SETTINGS = {
+    "text": [],
+    "conversations": ["data.sources.0.format=chat"],
+    "preferences": ["data.sources.0.format=pairs", "data.eval_sources=[]", "dpo.beta=0.5", "train.init=absent"],
+    "teachers": ["distill.teacher=absent"],
+}
+
+
+def _off_by_default() -> list[str]:
+    """The objectives whose runs leave the self-check out unasked."""
+    from jaxllm.train.load import load_run
+
+    return [name for name, overrides in SETTINGS.items() if not load_run("demo", overrides)[0].self_check]
 
 
 def _forget() -> None:

@@ -92,7 +92,8 @@ def test_a_student_learns_from_the_answers_of_its_teacher(asking, monkeypatch, c
     config, folder = asking
     hot = {"max_tokens": 32, "temperature": 10.0}  # so that some answers of a barely trained teacher end
     run = api.train(config("run", answers=hot))
-    assert run.status == "finished" and "prompts are left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert run.status == "finished" and "prompts are left out" in said and "self-check: " in said
     (file,) = folder.glob("*.jsonl")
     made = [json.loads(line) for line in file.read_text().splitlines()]
     assert 0 < len(made) < 102

@@ -166,12 +166,23 @@ def test_code_templates_and_paths(lab, monkeypatch):
     assert not list(code.unsafe("step.compile(); re.compile('x'); model.eval(); yaml.safe_load(x)", "x.py"))
     assert not list(code.unsafe("np.load(x, allow_pickle=False)", "x.py"))
     from jaxllm.data import template
-    from jaxllm.hf import safetensors
+    from jaxllm.hf import peft, safetensors
 
     monkeypatch.setattr(template, "run", lambda text, variables: "<class 'str'>")
     monkeypatch.setattr(safetensors, "Tensors", lambda folder: None)
+    read = peft.read_config
+
+    def follows(path):
+        """Looks for the base where the adapter says that it is."""
+        base = path.parent / json.loads(path.read_text())["base_model_name_or_path"]
+        for file in [base] if base.is_file() else base.rglob("adapter_config.json") if base.is_dir() else []:
+            file.read_bytes()
+        return read(path)
+
+    monkeypatch.setattr(peft, "read_config", follows)
     found = code.no_code(Lab(made(lab, "b"), say=lab.say))
-    assert len(found.failures) == len(code.ESCAPES) + len(code.PATHS)
+    assert sum("an adapter that names" in text for text in found.failures) == 4, found.failures
+    assert len(found.failures) == len(code.ESCAPES) + len(code.PATHS) + 4
 
 
 @pytest.mark.slow

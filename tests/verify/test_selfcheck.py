@@ -2,6 +2,7 @@
 
 import pytest
 
+from jaxllm.train.config import RunConfig
 from jaxllm.train.selfcheck import SelfCheck
 from jaxllm.verify import selfcheck
 
@@ -33,6 +34,18 @@ def test_a_check_with_one_eye_shut_fails_the_row(eye, fault, lab, monkeypatch):
     monkeypatch.setattr(SelfCheck, eye, lambda self, *args: "")
     (failure,) = selfcheck.planted(lab).failures
     assert failure.startswith(fault)
+
+
+def test_a_check_that_is_off_by_default_for_an_objective_fails_the_row(lab, monkeypatch):
+    monkeypatch.setattr(selfcheck, "PASSES", ("text",))
+    monkeypatch.setattr(selfcheck, "FAULTS", ())
+    assert selfcheck.planted(lab).passed
+    monkeypatch.setattr(RunConfig, "self_check", property(lambda self: self.dpo is not None))
+    assert [text.split(" do ")[0] for text in selfcheck.planted(lab).failures] == [
+        "runs of text",
+        "runs of conversations",
+        "runs of teachers",
+    ]
 
 
 def test_a_false_alarm_fails_the_row(lab, monkeypatch):
