@@ -130,7 +130,7 @@ class Teacher:
 
 
 def _rounding(model: Model) -> float:
-    """Rows of experts are sorted anew, and their products rounded anew; what a capacity drops depends on other tokens."""
+    """Rows of experts are sorted and rounded anew; what a capacity drops depends on other tokens."""
     if shares_capacity(model):
         return math.inf
     return (1e-3 if model.config.dtype == "float32" else 0.25) if model.config.dropless else 1e-5
