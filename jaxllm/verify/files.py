@@ -135,9 +135,15 @@ def seeds(lab: Lab):
     def adapter():
         load_peft(model, params, folder / "peft", family=family)
 
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-    readers = {f"hf/{name}": whole for name in names if (folder / "hf" / name).exists()}
+    def pieces():
+        Tokenizer.load(folder / "pieces")
+
+    (folder / "pieces").mkdir()
+    (folder / "pieces/tokenizer.model").write_bytes((folder / "hf/tokenizer.model").read_bytes())
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors")
+    readers = {f"hf/{name}": whole for name in names}
     readers |= {f"peft/{path.name}": adapter for path in (folder / "peft").iterdir() if path.suffix != ".md"}
+    readers |= {"pieces/tokenizer.model": pieces}
     try:
         import gguf  # noqa: F401
     except ImportError:  # without the extra

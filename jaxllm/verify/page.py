@@ -26,7 +26,15 @@ def page(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         failures = "; ".join(row["failures"][:3])
         result = "holds" if row["passed"] else f"**does not hold**: {failures}"
-        out += f"| {row['row']} | {promises[row['row']].promise} | {row['figure']} | {result} |\n"
+        cells = [str(row["row"]), promises[row["row"]].promise, row["figure"], result]
+        out += f"| {' | '.join(map(_cell, cells))} |\n"
+    if absent := [str(row.number) for row in ROWS if row.number not in {one["row"] for one in found["rows"]}]:
+        out += f"\nNot tried here: rows {', '.join(absent)}.\n"
     out += "\n## What this cannot show on one machine\n\n"
     limits = [f"- {row.name}: {row.limits}" for row in ROWS if row.limits]
     return out + "\n".join(limits) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that stays within its cell: what a run said may have lines and bars."""
+    return " ".join(text.split()).replace("|", "\\|")

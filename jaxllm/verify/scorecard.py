@@ -56,6 +56,7 @@ ROWS: tuple[Row, ...] = (
         "A process that ends at any line of the code that saves and deletes leaves a folder that opens at its last "
         "commit, with nothing left behind.",
         "crash:exits",
+        "What happens within a line, such as half a write: row 1 kills there. One process writes, not several.",
     ),
     Row(
         3,
@@ -81,6 +82,7 @@ ROWS: tuple[Row, ...] = (
         "Each file of the newest step truncated, emptied, deleted or with a flipped bit: noticed, said in one line, "
         "and the step before taken.",
         "damage:damaged",
+        "A checkpoint of two arrays, written by one process. What memory had already changed when it was saved.",
     ),
     Row(
         6,
@@ -88,6 +90,7 @@ ROWS: tuple[Row, ...] = (
         "A run whose checkpoints are damaged or gone, or whose settings differ, is refused and never trained from "
         "scratch unasked.",
         "damage:refused",
+        "A run folder that is gone as a whole, which is a new run.",
     ),
     Row(
         7,
@@ -102,7 +105,7 @@ ROWS: tuple[Row, ...] = (
         "place in the data",
         "A stream cut anywhere goes on with the same global tokens, whoever reads it.",
         "stream:position",
-        "Files in object stores.",
+        "Files in object stores; parquet and dataset folders where the extra for data is not installed.",
     ),
     Row(
         9,
@@ -120,13 +123,15 @@ ROWS: tuple[Row, ...] = (
         "file, the line and the byte, or are read by a stated policy, and what it left out or kept is counted in the "
         "log; memory stays bounded, also by lines without an end and decompression bombs.",
         "baddata:bad_data",
-        "The rows that an arrow file's own writer put into one batch are read together, however many.",
+        "The rows that an arrow file's own writer put into one batch are read together, however many. Kinds of tables "
+        "and of zstandard are left out where the extra for data is not installed.",
     ),
     Row(
         11,
         "typos in settings",
         "Settings with one wrong letter are refused, and the one that was meant is named.",
         "typos:typos",
+        "Names of the user's own choice, such as those in weights; values.",
     ),
     Row(
         12,
@@ -134,7 +139,8 @@ ROWS: tuple[Row, ...] = (
         "What a step is said to need is within 15 % of what its compiled program needs; what cannot fit is refused, "
         "with settings that make it fit and what each saves.",
         "memory:estimated",
-        "Programs of accelerators: those of TPUs are compiled by tests and plans, those of GPUs by nobody here.",
+        "Large models: these have ten layers of width 128. Programs of accelerators: those of TPUs are compiled by "
+        "tests and plans, those of GPUs by nobody here.",
     ),
     Row(
         13,
@@ -142,7 +148,8 @@ ROWS: tuple[Row, ...] = (
         "Published weights, settings, tokenizers and adapters with damage in them give an error of ours or a model: no "
         "crash, nothing over two seconds, no allocation of more than twice the file.",
         "files:mutated",
-        "Damage is random, and seeds are small files.",
+        "Damage is random, and seeds are small files: 8 MiB are allowed beside twice the file. Memory is counted where "
+        "Python and numpy take it. GGUF is left out where its extra is not installed.",
         alone=True,
     ),
     Row(

@@ -31,6 +31,8 @@ def test_each_kind_of_difference_is_found():
     nan["losses"]["dense"][3] = float("nan")
     assert not golden.judge(nan, GOLDEN).passed
     assert golden.judge(other, GOLDEN).passed and "there being none for 9.9" in golden.judge(other, GOLDEN).figure
+    assert golden.judge(other, GOLDEN | {"0.9.2": {}}).passed, "the newest is 0.12, not 0.9"
+    assert f"those of jax {max(GOLDEN)}" in golden.judge(other, GOLDEN | {"0.9.2": {}}).figure
 
 
 @pytest.mark.slow
