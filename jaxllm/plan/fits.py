@@ -17,7 +17,6 @@ from jaxllm.train.estimate.held import Held, held_by
 from jaxllm.train.estimate.step import Step, describe
 from jaxllm.train.memory import size
 
-LESS_STATE = "choose chips with more memory, train adapters (lora.rank=16), or set optim.name=adafactor"
 SHORTER_ROWS = "lower train.seq_len, or split rows with parallel.context"
 
 
@@ -47,15 +46,20 @@ def _place(config: RunConfig, found: dict[str, Any], target: Target) -> str:
         f"{size(memory['capacity'])} ({listed})"
     )
     if target.topology is None:
-        return (
-            f"{text}; devices of this CPU share its memory; lower train.batch or train.seq_len, or plan fewer devices"
-        )
+        return f"{text}; devices of this CPU share its memory"
     smallest = smallest_slice(config, target)
     if smallest is None:
         state = kinds[0][0] in ("parameters", "gradients", "optimizer")
-        return f"{text}; no slice of this chip would do; {LESS_STATE if state else SHORTER_ROWS}"
+        return f"{text}; no slice of this chip would do; {_less_state(config) if state else SHORTER_ROWS}"
     where, change = smallest
     return f"{text}; the smallest slice that would do, by formulas: {where}{change}"
+
+
+def _less_state(config: RunConfig) -> str:
+    """What takes less room than weights that all train, of what the run does not do already."""
+    adapters = "train adapters of a trained model (lora.rank=16, train.init=FOLDER)"
+    ways = [adapters] * (not config.lora) + ["set optim.name=adafactor"] * (config.optim.name != "adafactor")
+    return ", or ".join(["choose chips with more memory", *ways])
 
 
 def smallest_slice(

@@ -1,5 +1,6 @@
 """Whole plans: what they hold, that it adds up, and what is said of those that cannot be."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -19,6 +20,7 @@ from jaxllm.plan.show import chart, show
 from jaxllm.plan.target import parse_target
 from jaxllm.plan.traffic import bandwidth, flows_of
 from jaxllm.train.estimate.held import divided, held_by, most_of
+from jaxllm.train.estimate.step import varied
 
 NUMBER, TEXT = {"type": "number"}, {"type": "string"}
 MAYBE = {"type": ["number", "null"]}
@@ -275,6 +277,27 @@ def test_more_rows_are_offered_where_a_run_has_too_few_for_enough_devices():
 def test_of_cpu_devices_no_slice_is_spoken_of():
     advice = planned("llama3.1-70b", "cpu:8", "train.batch=1024", compiles=False)["advice"]
     assert "devices of this CPU share its memory" in advice and "slice" not in advice
+    assert "lower train.batch" not in advice and "no other settings would make it fit" in advice
+
+
+@pytest.mark.fast
+def test_what_a_run_does_already_is_not_advised():
+    words = "train.batch=1", "parallel.fsdp=1", "parallel.tensor=4"
+    plain = planned("llama3.1-405b", "v5e:2x2", *words, compiles=False)["advice"]
+    less = planned("llama3.1-405b", "v5e:2x2", *words, "optim.name=adafactor", compiles=False)["advice"]
+    assert all("choose chips with more memory, or train adapters" in advice for advice in (plain, less))
+    assert ", or set optim.name=adafactor" in plain and "adafactor" not in less
+
+
+@pytest.mark.fast
+def test_every_stage_has_rows_for_the_devices_as_in_a_run():
+    stages = "train.steps=null", "train.stages=[{name: long, steps: 5}, {name: short, steps: 5, batch: %d}]"
+    with pytest.raises(SettingsError, match=r"batch 4 / accumulate 1\) do not divide over 8"):
+        planned("llama", "cpu:8", stages[0], stages[1] % 4, compiles=False)
+    step, _ = plans.described("llama", "cpu:8", stages[0], stages[1] % 8)
+    train = dataclasses.replace(step.config.train, accumulate=2)  # of 16 rows that would do
+    with pytest.raises(SettingsError, match="batch 8 / accumulate 2"):
+        varied(step, dataclasses.replace(step.config, train=train))
 
 
 @pytest.mark.fast

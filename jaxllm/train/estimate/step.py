@@ -64,7 +64,7 @@ def varied(step: Step, config: RunConfig) -> Step:
 
     Raises SettingsError for microbatches that do not divide over the devices.
     """
-    check_batch(step.stage, config.train.accumulate, step.sharding)
+    _check_batches(config, step.sharding)
     model = dataclasses.replace(step.model.config, remat=config.model.remat, dtype=config.model.dtype)
     return dataclasses.replace(step, config=config, model=dataclasses.replace(step.model, config=model))
 
@@ -96,7 +96,7 @@ def _mesh_sizes(parallel: ParallelConfig, devices: int) -> tuple[int, ...]:
 
 def _step(config: RunConfig, sharding: Sharding) -> Step:
     stage = longest(config)
-    check_batch(stage, config.train.accumulate, sharding)
+    _check_batches(config, sharding)
     check_kernels(config.kernels, config.model, sharding)
     changes = changes_of(config)
     model = after(build(stage.model(config.model), sharding, config.kernels), changes)
@@ -106,6 +106,11 @@ def _step(config: RunConfig, sharding: Sharding) -> Step:
     state = abstract_state(model, tx, trainable=pattern, ema=config.train.ema is not None)
     objective, names = _objective(config)
     return Step(config, stage, model, pattern, tx, state, _batch(config, stage, sharding, names), objective)
+
+
+def _check_batches(config: RunConfig, sharding: Sharding) -> None:
+    for stage in config.train.resolved_stages:
+        check_batch(stage, config.train.accumulate, sharding)
 
 
 def longest(config: RunConfig) -> Stage:
