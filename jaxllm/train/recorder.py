@@ -127,7 +127,7 @@ class Recorder:
             self.waits = False
             self.show.say(
                 f"an expert had more than twice its share of rows in {CROWDED} steps (expert_load_max {load:.1f}), and "
-                "other devices wait for its own: kernels.experts=lend lets them help"
+                "other devices may wait for its own: kernels.experts=lend lets them help where they do"
             )
 
     def _write(self, step: int, row: dict[str, float]) -> None:
