@@ -105,10 +105,19 @@ def test_damage_and_a_check_that_looks_at_sizes_alone(lab, monkeypatch):
 def test_refusals_and_a_run_that_starts_over(lab, monkeypatch):
     planted(
         monkeypatch,
-        "from jaxllm.train.folder import RunFolder\nRunFolder.refuse_to_start_over = lambda self: None",
+        "from jaxllm.checkpoint import Checkpoints; from jaxllm.errors import CheckpointError\n"
+        "from jaxllm.train.folder import RunFolder; restore = Checkpoints.restore\n"
+        "def lenient(self, abstract):\n"
+        "    try:\n"
+        "        return restore(self, abstract)\n"
+        "    except CheckpointError:\n"
+        "        return None\n"
+        "Checkpoints.restore, RunFolder.refuse_to_start_over = lenient, lambda self: None\n"
+        "RunFolder._check = lambda self, saved, where: None",
     )
     found = damage.refused(lab)
-    assert any(text.startswith("all gone") for text in found.failures), found.failures
+    accepted = {text.partition(":")[0] for text in found.failures}
+    assert accepted >= {"all damaged", "all gone", "no manifests", "another learning rate"}, found.failures
 
 
 def test_streams_and_a_loader_that_starts_a_row_late(lab, monkeypatch):
