@@ -98,8 +98,8 @@ def _training(args, config, assumed, target):
 def _generation(args, config, assumed, target):
     from jaxllm.plan.generate import Request, plan_generation, show
 
-    context = args.context or config.model.context
-    request = Request(args.batch or 1, context, args.cache or "float", args.weights)
+    context = config.model.context if args.context is None else args.context
+    request = Request(1 if args.batch is None else args.batch, context, args.cache or "float", args.weights)
     found = plan_generation(config, target, request, compiles=not args.no_compile, assumed=assumed)
     return found, lambda: show(found)
 

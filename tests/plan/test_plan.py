@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 
+import jax
 import jsonschema
 import plans
 import pytest
@@ -19,6 +20,7 @@ from jaxllm.plan.prices import Prices, read_prices
 from jaxllm.plan.show import chart, show
 from jaxllm.plan.target import parse_target
 from jaxllm.plan.traffic import bandwidth, flows_of
+from jaxllm.train.estimate import step as estimated
 from jaxllm.train.estimate.held import divided, held_by, most_of
 from jaxllm.train.estimate.step import varied
 
@@ -281,6 +283,18 @@ def test_of_cpu_devices_no_slice_is_spoken_of():
 
 
 @pytest.mark.fast
+def test_steps_that_skip_spikes_keep_what_the_run_keeps(monkeypatch):
+    plain, _ = plans.described("llama", "cpu:8")
+    step, _ = plans.described("llama", "cpu:8", "train.skip_spikes=6")
+    assert set(step.state.extra) - set(plain.state.extra) == {"spikes"}
+    seen = {}
+    made = lambda *_, **options: seen.update(options) or jax.jit(lambda *_: 0)  # noqa: E731
+    monkeypatch.setattr(estimated, "make_train_step", made)
+    step.lower()
+    assert seen["skip_spikes"] == 6
+
+
+@pytest.mark.fast
 def test_what_a_run_does_already_is_not_advised():
     words = "train.batch=1", "parallel.fsdp=1", "parallel.tensor=4"
     plain = planned("llama3.1-405b", "v5e:2x2", *words, compiles=False)["advice"]
@@ -348,6 +362,8 @@ def test_what_there_is_not(topology, slices, says):
         (("--tokens", "inf"), "--tokens inf: must be above 0"),
         (("--chart", "/nowhere/x.png"), "--chart /nowhere/x.png: there is no folder /nowhere"),
         (("--chart", "."), "--chart .: that is a folder"),
+        (("--generate", "--batch", "0"), "--batch 0, --context 131072: at least 1 row"),
+        (("--generate", "--context", "0"), "--batch 1, --context 0: at least 1 row, of at least 2 tokens"),
         (("--topology", "cpu"), "topology cpu: write how many devices of this machine's CPU, such as cpu:8"),
     ],
 )

@@ -46,6 +46,7 @@ class Step:
         """The step that the training loop jits, with the same arguments. Only of a step made by `make_step`."""
         train = self.config.train
         options = dict(trainable=self.trainable, accumulate=train.accumulate, ema=train.ema, abstract=self.state)
+        options |= dict(skip_spikes=train.skip_spikes)
         return make_train_step(self.model, self.objective, self.tx, **options).lower(self.state, self.batch)
 
 
@@ -103,7 +104,8 @@ def _step(config: RunConfig, sharding: Sharding) -> Step:
     pattern = trainable(config.train.trainable, changes)
     check_trainable(model, pattern)
     tx = make_optimizer(config.optim, config.train.total_steps, model.axes)
-    state = abstract_state(model, tx, trainable=pattern, ema=config.train.ema is not None)
+    kept = dict(ema=config.train.ema is not None, skip_spikes=config.train.skip_spikes is not None)
+    state = abstract_state(model, tx, trainable=pattern, **kept)
     objective, names = _objective(config)
     return Step(config, stage, model, pattern, tx, state, _batch(config, stage, sharding, names), objective)
 
