@@ -18,8 +18,8 @@ def exits(lab: Lab) -> Found:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jaxllm.checkpoint"])
     lines = _save(context, lab.folder / "whole", 0)
-    wanted = lab.count(24, lines)
-    points = sorted(lab.random.sample(range(1, lines + 1), min(lines, wanted)))
+    wanted = min(lab.count(24, lines), lines)
+    points = [1 + int(lines * (part + lab.random.random()) / wanted) for part in range(wanted)]  # one in each part
     failures, ended, newest = [], 0, 0
     for point in points:
         folder = lab.folder / str(point)
@@ -27,6 +27,8 @@ def exits(lab: Lab) -> Found:
         committed = 2 if (folder / "2/manifest.json").exists() else 1
         ended, newest = ended + 1, newest + (committed == 2)
         failures += [f"line {point} of {lines}: {text}" for text in _opened(folder, committed)]
+    if not 0 < newest < ended:
+        failures.append(f"{newest} of {ended} points lie after the commit: one side was not tried")
     figure = (
         f"{ended} of {lines} points; {newest} after the commit, {ended - newest} before it; each opened at its commit"
     )

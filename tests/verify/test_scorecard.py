@@ -81,9 +81,9 @@ def test_kills_and_a_resume_that_repeats_a_batch(lab, monkeypatch):
 
 
 def test_exits_inside_a_save_and_a_marker_that_stays(lab, monkeypatch):
-    few(monkeypatch, 6)
+    few(monkeypatch, 8)
     found = crash.exits(Lab(made(lab, "a"), say=lab.say))
-    assert found.passed and found.cases == 6, found.failures
+    assert found.passed and found.cases == 8, found.failures
     # Planted: what a killed process was writing is not cleared.
     monkeypatch.setattr(checkpoint.Checkpoints, "_remove_unfinished", lambda self: None)
     found = crash.exits(Lab(made(lab, "b"), say=lab.say))
