@@ -86,7 +86,8 @@ def _run(args) -> int:
 def _exit_code(result) -> int:
     """1 when the last checkpoint was not saved; what the settings say after SIGTERM; else 0."""
     if not result.saved:
-        print("the last checkpoint was not saved (see above)", file=sys.stderr)
+        again = "mend what is said there, and the same command goes on from the newest one that was"
+        print(f"the last checkpoint was not saved (see above): {again}", file=sys.stderr)
         return 1
     return result.config.checkpoint.preempted_exit_code if result.status == "preempted" else 0
 

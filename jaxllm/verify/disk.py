@@ -53,6 +53,8 @@ def _run(lab: Lab, settings: Path, out: Path, recovers: bool) -> list[str]:
         problems.append(f"exit code {code} though the last save worked: {text[-300:]}")
     if recovers and STEPS not in saved_steps(out):
         problems.append("no save worked once there was space")
+    if not recovers and "the same command goes on" not in text:
+        problems.append(f"no word of what to do next: {text[-300:]}")
     if not recovers and code == 0:
         problems.append("exit code 0 though the last save failed")
     return problems
