@@ -1,6 +1,9 @@
 """Row 13: published files with damage in them: an error of ours or a model, in little time and memory."""
 
+import contextlib
 import json
+import signal
+import threading
 import time
 import tracemalloc
 from random import Random
@@ -43,7 +46,7 @@ def attempt(read, size: int) -> tuple[str | None, bool]:
     tracemalloc.start()
     started, refused, problem = time.monotonic(), False, None
     try:
-        with said():
+        with said(), _alarm(10 * SECONDS):
             read()
     except UserError:
         refused = True
@@ -56,6 +59,25 @@ def attempt(read, size: int) -> tuple[str | None, bool]:
     if not problem and peak > 2 * size + FLOOR:
         problem = f"held {peak:,} bytes for a file of {size:,}"
     return problem, refused
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float):
+    """Raises TimeoutError within the block once it has taken so long, where signals can: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_):
+        raise TimeoutError(f"it hangs: still there after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def mutate(data: bytes, random: Random, is_json: bool) -> bytes:

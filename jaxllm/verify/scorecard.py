@@ -32,6 +32,8 @@ class Row:
     """What it cannot show on one machine."""
     alone: bool = False
     """It goes by the clock, so that no other row may run beside it."""
+    own: bool = False
+    """It is tried on the user's own run, where one is given; the other rows choose model and data for their purpose."""
 
     def load(self) -> Callable[[Lab], Found]:
         import importlib
@@ -49,6 +51,7 @@ ROWS: tuple[Row, ...] = (
         "kills:killed",
         "A machine that loses power may also lose what its kernel had not yet written. The manifest is synced, and a "
         "damaged step is noticed (row 5).",
+        own=True,
     ),
     Row(
         2,
@@ -66,6 +69,7 @@ ROWS: tuple[Row, ...] = (
         "signals:stopped",
         "The preemption of a real pod, which tells all of its hosts.",
         alone=True,
+        own=True,
     ),
     Row(
         4,
@@ -75,6 +79,7 @@ ROWS: tuple[Row, ...] = (
         "disk:full",
         "A limit on the size of files stands in for the disk. Object stores are not tried.",
         alone=True,
+        own=True,
     ),
     Row(
         5,
@@ -91,6 +96,7 @@ ROWS: tuple[Row, ...] = (
         "scratch unasked.",
         "damage:refused",
         "A run folder that is gone as a whole, which is a new run.",
+        own=True,
     ),
     Row(
         7,
@@ -241,7 +247,7 @@ def run_one(row: Row, lab: Lab) -> dict[str, Any]:
     started = time.monotonic()
     with lab.row(row.number) as own:
         try:
-            result = row.load()(own)
+            result = row.load()(own if row.own else dataclasses.replace(own, run_file=None))
         except Exception as error:  # one row that breaks down must not hide the others
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"

@@ -276,6 +276,7 @@ def test_readers_that_crash_hang_or_take_too_much_are_found(monkeypatch):
     assert files.attempt(lambda: bytes(30 << 20), 1 << 20)[0].startswith("held 31,")
     monkeypatch.setattr(files, "SECONDS", 0.05)
     assert files.attempt(lambda: time.sleep(0.1), 10)[0] == "took 0.1 s"
+    assert "it hangs" in files.attempt(lambda: time.sleep(60), 10)[0], "and does not hang the scorecard"
 
 
 def test_damage_is_damage():
@@ -293,6 +294,18 @@ def test_ones_own_run_keeps_its_model_and_gets_the_saves_of_a_check(lab):
     assert found.model == given.model and found.data == given.data and found.optim.name == given.optim.name
     assert (found.train.steps, found.checkpoint.every, found.out) == (60, 2, str(lab.folder / "x"))
     load_run(lab.settings(lab.folder / "y"))  # a few steps, and a warmup that fits
+
+
+def test_only_rows_that_are_made_for_it_get_ones_own_run(tmp_path):
+    given, lab = {}, Lab(tmp_path, run_file="demo", say=lambda text: None)
+
+    class Given(Row):
+        def load(self):
+            return lambda lab: given.update({self.number: lab.run_file}) or Found(1, (), "")
+
+    rows = [Given(row.number, row.name, row.promise, "", own=row.own) for row in ROWS]
+    scorecard.run(rows, lab)
+    assert [number for number, run_file in given.items() if run_file] == [1, 3, 4, 6] and len(given) == len(ROWS)
 
 
 @pytest.mark.fast
