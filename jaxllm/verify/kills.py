@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from jaxllm.verify.lab import Found, Lab, differences, leftovers, saved_steps, saving, until
+from jaxllm.verify.lab import Found, Lab, differences, leftovers, saved_steps, saving, strays, until
 
 #: Of the kills, this share waits for a save to begin.
 IN_A_SAVE = 0.8
@@ -19,7 +19,7 @@ def killed(lab: Lab) -> Found:
     settings = lab.settings(out, train__steps=steps)
     during = sum(_kill_once(lab, settings, out) for _ in range(kills))
     lab.train(settings)
-    failures = differences(whole, out) + [f"left behind: {name}" for name in leftovers(out)]
+    failures = differences(whole, out) + [f"left behind: {name}" for name in leftovers(out) + strays(whole, out)]
     if during < kills / 2:
         failures.append(f"only {during} of {kills} kills fell into a save, so saves were hardly tried")
     figure = f"{kills} kills, {during} during a save; {steps} losses and gradient norms compared bit by bit"

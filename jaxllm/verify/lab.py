@@ -236,7 +236,11 @@ def last_step(out: Path) -> int:
 def differences(whole: Path, other: Path) -> list[str]:
     """Where a run's losses and gradient norms are not those of another, step by step."""
     a, b = metrics(whole), metrics(other)
-    out = [f"step {step} is missing" for step in sorted(set(a) - set(b))]
+    out = [] if a else ["the uninterrupted run has no steps"]
+    texts = (other / "metrics.jsonl").read_text().splitlines()
+    if (said := sum("loss" in json.loads(text) for text in texts)) != len(b):
+        out.append(f"{said} lines of metrics for {len(b)} steps")
+    out += [f"step {step} is missing" for step in sorted(set(a) - set(b))]
     out += [f"step {step} is one too many" for step in sorted(set(b) - set(a))]
     return out + [f"step {step}: {b[step]}, not {a[step]}" for step in sorted(set(a) & set(b)) if a[step] != b[step]]
 
@@ -245,3 +249,8 @@ def leftovers(out: Path) -> list[str]:
     """What stands in a folder of checkpoints and is no saved step."""
     inside = sorted(path for path in (out / "checkpoints").iterdir() if path.name != ".lock")
     return [path.name for path in inside if not (path.name.isdigit() and (path / "manifest.json").exists())]
+
+
+def strays(whole: Path, other: Path) -> list[str]:
+    """What stands in a run's folder and not in that of an uninterrupted one."""
+    return sorted({path.name for path in other.iterdir()} - {path.name for path in whole.iterdir()})

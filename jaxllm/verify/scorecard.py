@@ -171,13 +171,14 @@ ROWS: tuple[Row, ...] = (
         "Every run looks at its first batch: what packing, causality, masks, frozen weights and the losses should be, "
         "they are, for each objective; and each fault planted stops the run with a line that names it.",
         "selfcheck:planted",
-        "Rows are cut to 128 tokens on CPU and 256 elsewhere, for each device that shares them.",
+        "Rows are cut to 128 tokens on CPU and 256 elsewhere, for each device that shares them. What is to be frozen "
+        "is taken from where the run takes it, so that settings that are misread are not noticed.",
     ),
     Row(
         16,
         "determinism",
         "A run's losses come again bit for bit and are those that were recorded; a step is the same in microbatches "
-        "and on other devices: the loss within 1e-6, each gradient within 1e-5, relative.",
+        "and on other devices: the loss within 1e-6, relative, each array's gradient within 1e-5 of its largest entry.",
         "golden:determinism",
         "CPU in float32. Accelerators add in other orders.",
     ),

@@ -14,6 +14,7 @@ from jaxllm.errors import DataError, SettingsError
 from jaxllm.train.config import RunConfig
 from jaxllm.train.load import load_run
 from jaxllm.verify import code, crash, damage, disk, files, kills, scorecard, signals, stream, typos
+from jaxllm.verify import lab as lab_of
 from jaxllm.verify.lab import Found, Lab, said
 from jaxllm.verify.page import page
 from jaxllm.verify.scorecard import ROWS, Row
@@ -65,6 +66,31 @@ def test_the_verb_writes_json_and_a_page_and_says_in_its_exit_code(tmp_path, mon
     assert cli.parse(["verify"]).run_file is None and cli.parse(["verify", "--run", "a.yaml"]).run_file == "a.yaml"
     monkeypatch.setattr(typos, "NEAREST", 1.1)
     assert cli.main(["verify", "11"]) == 1
+
+
+@pytest.mark.fast
+def test_runs_are_compared_to_the_last_bit_and_nothing_may_stay(tmp_path):
+    def run(name: str, rows, *others: str):
+        for other in ("checkpoints/2/manifest.json", "checkpoints/.lock", *others):
+            (tmp_path / name / other).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / other).touch()
+        lines = [json.dumps({"step": step, "loss": loss, "grad_norm": norm}) for step, loss, norm in rows]
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "\n".join([*lines, json.dumps({"step": 2, "heldout_loss": 1.0})])
+        )
+        return tmp_path / name
+
+    rows, bit = [(1, 0.5, 1.0), (2, 0.25, 2.0)], 2**-54
+    whole = run("whole", rows)
+    assert lab_of.differences(whole, run("same", rows)) == [] == lab_of.leftovers(tmp_path / "same")
+    for number, other in enumerate([[rows[0], (2, 0.25 + bit, 2.0)], [rows[0], (2, 0.25, 2.0 + 8 * bit)]]):
+        assert lab_of.differences(whole, run(f"bit{number}", other))[0].startswith("step 2: "), other
+    assert lab_of.differences(whole, run("short", rows[:1])) == ["step 2 is missing"]
+    assert lab_of.differences(tmp_path / "short", whole) == ["step 2 is one too many"]
+    assert lab_of.differences(whole, run("twice", [(1, 0.7, 1.0), *rows])) == ["3 lines of metrics for 2 steps"]
+    assert lab_of.differences(run("none", []), tmp_path / "none") == ["the uninterrupted run has no steps"]
+    left = run("left", rows, "checkpoints/4/params/x", "checkpoints/4.unfinished", "settings.tmp")
+    assert lab_of.leftovers(left) == ["4", "4.unfinished"] and lab_of.strays(whole, left) == ["settings.tmp"]
 
 
 @pytest.mark.slow
