@@ -63,6 +63,25 @@ def test_a_run_that_is_refused_without_a_table(lab, monkeypatch):
 
 
 @pytest.mark.slow
+def test_an_allocation_that_xla_is_refused_becomes_a_table(lab, monkeypatch):
+    """The error is the real one: the process may not have as much as the step asks for, and no check says so before."""
+    planted(
+        monkeypatch,
+        "import resource; from jaxllm.train import memory\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.RLIM_INFINITY))\n"
+        "memory.check_rows = memory.check_step = lambda *args, **more: None\n"
+        "memory.available = lambda: 8 << 30",
+    )
+    changes = dict(train__batch=16384, model__vocab=4096, model__embed=256)
+    with lab.started(lab.settings(lab.folder / "run", **changes)) as process:
+        code, text = process.wait(120), process.said()
+    assert code == 2 and "error: out of memory: RESOURCE_EXHAUSTED" in text and "Traceback" not in text, text[-500:]
+    assert all(f"\n  {kind}" in text for kind in ("parameters", "gradients", "optimizer state", "activations"))
+    assert all(f"\n  {kind}" in text for kind in ("logits", "temporaries"))
+    assert "it would fit with" in text and text.count(" saves ") >= 2 and "  train.accumulate=" in text, text[-900:]
+
+
+@pytest.mark.slow
 def test_the_row_holds(lab):
     found = memory.estimated(lab)
     assert found.passed and found.cases >= 18 + 1 + 6 + 1, found.failures
