@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 from jaxllm.cli.common import new_verb
+from jaxllm.errors import SettingsError
 
 
 def add_verify(verbs):
     verb = new_verb(verbs, "verify", "whether runs on this machine lose nothing: the reliability scorecard", verify)
     verb.add_argument("rows", nargs="*", type=int, metavar="ROW", help="numbers of the rows to run (default: all)")
+    verb.add_argument("--list", action="store_true", help="say what the rows are, and run none")
     verb.add_argument("--long", action="store_true", help="many more cases: hours instead of minutes")
     verb.add_argument("--seed", type=int, default=0, help="of the instants, cuts and faults (default 0)")
     verb.add_argument(
@@ -33,6 +35,12 @@ def verify(args) -> int:
     from jaxllm.verify.scorecard import chosen, run
 
     started, rows = time.monotonic(), chosen(args.rows)
+    if args.list:
+        print("\n".join(f"{row.number:2}  {row.name:28} {row.promise}" for row in rows))
+        return 0
+    for path in filter(None, (args.json, args.page)):
+        if not Path(path).absolute().parent.is_dir():
+            raise SettingsError(f"{path}: there is no folder {Path(path).absolute().parent}; make it first")
     if args.run_file is not None:
         load_run(args.run_file)  # so that what is wrong with it is said before hours of checks
 

@@ -95,8 +95,8 @@ class TrainConfig:
     max_skipped: int = 10
     """Stop after this many steps in a row that were skipped: the gradient was not finite, or a spike."""
     skip_spikes: float | None = None
-    """Skip steps whose gradient norm is this many standard deviations above the mean of the last 128 (6 is usual); null
-    skips only what is not finite."""
+    """Skip steps whose gradient norm is this many standard deviations above the mean of the last 128, once 64 are known
+    (6 is usual); null skips only what is not finite."""
 
     def __post_init__(self):
         if (self.steps is None) == (not self.stages):

@@ -32,9 +32,10 @@ USED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])")
 class Shortage(ResourceError):
     """Too little memory on a device, in a line; `total` is what the compiler says that a step needs, where it does."""
 
-    def __init__(self, text: str, capacity: float | None, total: float | None = None):
-        super().__init__(text)
-        self.capacity, self.total = capacity, total
+    def __init__(self, text: str, advice: str, capacity: float | None, total: float | None = None):
+        """`advice`: what helps in general, where nothing better is known."""
+        super().__init__(f"{text}; {advice}")
+        self.text, self.advice, self.capacity, self.total = text, advice, capacity, total
 
 
 def device_bytes(abstract) -> int:
@@ -106,8 +107,8 @@ def _check(parts: dict[str, int], advice: str, there: int | None = None) -> None
     need, have = sum(parts.values()), available()
     if have is not None and need > have:
         listed = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
-        text = f"too little memory: a device needs {size(need)} ({listed}) and has {size(have)}; {advice}"
-        raise Shortage(text, have + (there or 0), None if there is None else need + there)
+        text = f"too little memory: a device needs {size(need)} ({listed}) and has {size(have)}"
+        raise Shortage(text, advice, have + (there or 0), None if there is None else need + there)
 
 
 @contextlib.contextmanager
@@ -121,11 +122,12 @@ def explained(config: "RunConfig") -> Iterator[None]:
         yield
     except Shortage as error:
         capacity = room if error.capacity is None else error.capacity
-        raise ResourceError(_with_advice(config, str(error), capacity, error.total)) from error
+        raise ResourceError(_with_advice(config, error.text, error.advice, capacity, error.total)) from error
     except jax.errors.JaxRuntimeError as error:
         if not is_exhausted(error):
             raise
-        raise ResourceError(_with_advice(config, _exhausted(error), room, used(str(error)))) from error
+        total = used(str(error))
+        raise ResourceError(_with_advice(config, _exhausted(error), STEP_ADVICE, room, total)) from error
 
 
 @contextlib.contextmanager
@@ -136,11 +138,11 @@ def within_step() -> Iterator[None]:
     except MemoryError as error:
         if jax.default_backend() != "cpu":
             raise
-        raise Shortage(_exhausted(error), None) from error
+        raise Shortage(_exhausted(error), STEP_ADVICE, None) from error
 
 
 def _exhausted(error: Exception) -> str:
-    return f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]}; {STEP_ADVICE}"
+    return f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
 def is_exhausted(error: Exception) -> bool:
@@ -154,17 +156,17 @@ def used(text: str) -> float | None:
     return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else None
 
 
-def _with_advice(config: "RunConfig", text: str, capacity: float | None, total: float | None) -> str:
-    """The text with a table and settings that help; alone where formulas do not know the run or the device."""
+def _with_advice(config: "RunConfig", text: str, advice: str, capacity: float | None, total: float | None) -> str:
+    """The text with a table and settings that help; with `advice` where formulas do not know the run or the device."""
     from jaxllm.train.estimate.advice import Place, explain
 
     if capacity is None:
-        return text
+        return f"{text}; {advice}"
     place = Place(make_sharding(config.parallel).mesh.size, jax.default_backend(), capacity)
     try:
         return explain(config, text, place, total)
     except UserError:  # settings that the step itself refused would have been said before
-        return text
+        return f"{text}; {advice}"
 
 
 def size(count: float) -> str:

@@ -191,7 +191,7 @@ def _run_that_is_refused(lab: Lab) -> list[str]:
         code, text = process.wait(120), process.said()
     kinds = ("parameters", "gradients", "optimizer state", "activations", "logits", "temporaries")
     failures = [f"the table has no {kind}" for kind in kinds if f"\n  {kind}" not in text]
-    named = re.findall(r"^  \w+\.\w+=.* saves .*, which leaves ", text, re.M)
+    named = re.findall(r"^  \w+\.\w+=.* saves .*: .* needed$", text, re.M)
     failures += [f"{len(named)} settings are named"] * (len(named) < 2)
     failures += [f"exit code {code}, not 2"] * (code != 2)
     return [f"a run too large for this machine: {', '.join(failures)}: {text[-300:]}"] if failures else []

@@ -207,8 +207,13 @@ def chosen(numbers: Sequence[int]) -> list[Row]:
     """The rows of these numbers, all by default. Raises SettingsError for a number that is none."""
     known = {row.number: row for row in ROWS}
     if unknown := [number for number in numbers if number not in known]:
-        raise SettingsError(f"no such row: {unknown[0]}; known: {', '.join(map(str, known))}")
+        raise SettingsError(f"no such row: {unknown[0]}; known: {named()}")
     return [known[number] for number in numbers] if numbers else list(ROWS)
+
+
+def named() -> str:
+    """`1 kill -9, 2 ...`"""
+    return ", ".join(f"{row.number} {row.name}" for row in ROWS)
 
 
 def run(rows: Sequence[Row], lab: Lab, *, jobs: int = 1, keep: Callable[[dict], None] = lambda found: None) -> dict:

@@ -102,7 +102,7 @@ def test_what_does_not_fit_names_the_smallest_slice_that_would_do(model, topolog
 )
 def test_what_does_not_fit_names_fewer_bits_rows_or_tokens_that_do(request_, names):
     _, found = planned("llama3.1-8b", "h100:1", **request_)
-    told = re.findall(r"^  (--\w+) (\w+) +saves (.+), which leaves (.+)$", found["advice"], re.M)
+    told = re.findall(r"^  (--\w+) (\w+) +saves (.+): (.+) needed$", found["advice"], re.M)
     assert [name for name, *_ in told] == names
     for name, value, saves, leaves in told:
         change = {name[2:]: int(value) if value.isdigit() else value}

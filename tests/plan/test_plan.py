@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shlex
 
 import jax
 import jsonschema
@@ -235,7 +236,7 @@ def test_what_does_not_fit_names_settings_that_do_with_the_saving_of_each(model,
         need, told = total, list(words)
         for one in way:
             told += one["overrides"]
-            assert "  ".join([" ".join(one["overrides"]), ""]) in found["advice"]
+            assert shlex.join(one["overrides"]) + "  " in found["advice"]
             there = planned(model, topology, *told, compiles=False)["memory"]
             assert one["saves"] == pytest.approx(need - there["total"]) and one["total"] == pytest.approx(
                 there["total"]

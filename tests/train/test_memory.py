@@ -89,9 +89,7 @@ def test_sizes_are_written_for_people():
 
 def test_rows_that_cannot_fit_are_refused_before_anything_is_compiled(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "compile", lambda *_: pytest.fail("compiled"))
-    with pytest.raises(
-        ResourceError, match=r"the layers' inputs alone for \d[\d,]+ tokens .*lower train.batch"
-    ) as told:
+    with pytest.raises(ResourceError, match=r"the layers' inputs alone for \d[\d,]+ tokens ") as told:
         api.train(small.settings(corpus, tmp_path / "run", train__batch=2**33), quiet=True)
     assert not (tmp_path / "run").exists()
     check_told(str(told.value), load_run(small.settings(corpus, "out", train__batch=2**33))[0])
@@ -104,7 +102,7 @@ def check_told(text, config):
     """The table has every kind, and each line of settings saves what it says."""
     for name in TABLE:
         assert re.search(rf"^  {name} +[\d.]+ \wi?B? +[\d.]+ \w", text, re.M), (name, text)
-    lines = re.findall(r"^  (\w+\.\w+=.*?) +saves (.+), which leaves (.+)$", text, re.M)
+    lines = re.findall(r"^  (\w+\.\w+=.*?) +saves (.+): (.+) needed$", text, re.M)
     assert len(lines) >= 2
     before = held_by(describe(config, jax.device_count()), "cpu").total
     if "together" not in text:
@@ -153,7 +151,7 @@ def test_what_changes_what_is_learnt_comes_last():
     alone = [way[0].overrides[0] for way in advice.ways_to_fit(config, place(0.9 * place(1).total(config)))]
     assert alone == ["parallel.data=4", "train.accumulate=2", "model.remat=full"]
     assert advice.ways_to_fit(config, place(1)) == []
-    assert advice.listed([]) == ["no other settings would make it fit on so many devices"]
+    assert advice.listed([])[0].startswith("no other settings would make it fit on so many devices: take more")
 
 
 def test_ways_are_lines_that_a_shell_takes():
@@ -209,10 +207,10 @@ def test_what_the_compiler_says_counts_for_more_than_formulas():
     total = place(1).total(config)
     text = advice.explain(config, "too little", place(1.2 * total), 1.5 * total)
     assert f"a step needs {memory.size(1.5 * total)} of a device, by the compiler" in text
-    left = re.findall(r"which leaves ([\d.]+) MiB", text)
+    left = re.findall(r": ([\d.]+) MiB needed", text)
     assert left and all(float(x) * 2**20 <= 1.21 * total for x in left)
     close = advice.explain(config, "too little", place(2 * total))
-    left = re.findall(r"which leaves ([\d.]+) MiB", close)
+    left = re.findall(r": ([\d.]+) MiB needed", close)
     assert left and all(float(x) * 2**20 <= 0.91 * total for x in left), "it ran out although formulas say it fits"
 
 

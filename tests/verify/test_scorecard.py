@@ -26,7 +26,7 @@ def test_rows_are_numbered_described_and_loadable():
     ]
     for row in ROWS:
         assert callable(row.load()) and row.promise.endswith(".") and len(row.name) < 29
-    with pytest.raises(SettingsError, match="no such row: 99; known: 1, 2"):
+    with pytest.raises(SettingsError, match="no such row: 99; known: 1 kill -9, 2 exit"):
         scorecard.chosen([99])
 
 
@@ -332,6 +332,15 @@ def test_only_rows_that_are_made_for_it_get_ones_own_run(tmp_path):
     rows = [Given(row.number, row.name, row.promise, "", own=row.own) for row in ROWS]
     scorecard.run(rows, lab)
     assert [number for number, run_file in given.items() if run_file] == [1, 3, 4, 6] and len(given) == len(ROWS)
+
+
+@pytest.mark.fast
+def test_rows_are_listed_and_a_file_that_cannot_be_written_is_said_before_they_run(capsys, tmp_path):
+    assert cli.main(["verify", "--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(ROWS) and all(row.promise in text for row, text in zip(ROWS, listed, strict=True))
+    assert cli.main(["verify", "11", "--json", str(tmp_path / "no" / "a.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.fast

@@ -94,7 +94,9 @@ def aimed(place: Place, held: Held, need: float) -> Place:
 def listed(ways: Sequence[tuple[Saving, ...]]) -> list[str]:
     """The ways as lines."""
     if not ways:
-        return ["no other settings would make it fit on so many devices"]
+        return [
+            "no other settings would make it fit on so many devices: take more, or a smaller model (model.embed, model.layers)"
+        ]
     width = max(len(one.words) for way in ways for one in way)
     alone, chains = [way[0] for way in ways if len(way) == 1], [way for way in ways if len(way) > 1]
     groups = [("it would fit with" + " one of these" * (len(alone) > 1), alone)] * bool(alone)
@@ -104,7 +106,7 @@ def listed(ways: Sequence[tuple[Saving, ...]]) -> list[str]:
     for head, savings in groups:
         lines.append(head)
         for one in savings:
-            lines.append(f"  {one.words:<{width}}  saves {size(one.saves)}, which leaves {size(one.total)}")
+            lines.append(f"  {one.words:<{width}}  saves {size(one.saves)}: {size(one.total)} needed")
     return lines
 
 
