@@ -94,9 +94,8 @@ def aimed(place: Place, held: Held, need: float) -> Place:
 def listed(ways: Sequence[tuple[Saving, ...]]) -> list[str]:
     """The ways as lines."""
     if not ways:
-        return [
-            "no other settings would make it fit on so many devices: take more, or a smaller model (model.embed, model.layers)"
-        ]
+        others = "take more, or a smaller model (model.embed, model.layers)"
+        return [f"no other settings would make it fit on so many devices: {others}"]
     width = max(len(one.words) for way in ways for one in way)
     alone, chains = [way[0] for way in ways if len(way) == 1], [way for way in ways if len(way) > 1]
     groups = [("it would fit with" + " one of these" * (len(alone) > 1), alone)] * bool(alone)
