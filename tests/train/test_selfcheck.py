@@ -21,7 +21,7 @@ from jaxllm.train.probe_rows import ProbeRows
 from jaxllm.train.selfcheck import SelfCheck
 
 CONFIGS = {
-    "dense": tiny.config(),
+    "dense": tiny.config(vocab_multiple=2),
     "moe": tiny.config(moe={"z_coef": 1e-3}),
     "capacity": tiny.config(moe={"capacity_factor": 1.0}),
 }
