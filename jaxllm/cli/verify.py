@@ -1,6 +1,7 @@
 """The verb that runs the reliability scorecard."""
 
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ def add_verify(verbs):
 
 
 def verify(args) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # where all of its runs are, in this process too
     from jaxllm.train.load import load_run
     from jaxllm.verify.lab import Lab
     from jaxllm.verify.page import page

@@ -9,7 +9,7 @@ from jaxllm.errors import UserError
 from jaxllm.verify.lab import MODEL, Found, Lab, metrics, saved_steps
 from jaxllm.verify.pods import pair
 
-STEPS = 8
+STEPS = 10
 #: How far the next loss may be off, relative: devices add in other orders.
 LOSS = 1e-6
 MOE = MODEL | {

@@ -9,7 +9,7 @@ from pathlib import Path
 from jaxllm.errors import UserError
 from jaxllm.verify.lab import Found, Lab, differences, last_step, leftovers, until
 
-STEPS = 40
+STEPS = 20
 #: Seconds in which the process that is left has ended.
 A_MINUTE = 60
 

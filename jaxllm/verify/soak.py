@@ -29,7 +29,7 @@ def soak(lab: Lab) -> Found:
     """2,000 steps with a save each 20: memory after the first 200 steps, threads and open files stay as they are."""
     steps, out = lab.count(2000, 20000), lab.folder / "run"
     settings = lab.settings(
-        out, train__steps=steps, checkpoint__every=20, log__every=10, data__heldout=0.1, train__eval_every=steps // 10
+        out, train__steps=steps, checkpoint__every=20, log__every=10, data__heldout=0.1, train__eval_every=WARMUP // 2
     )
     samples = _watch(lab, settings, out)
     failures = [f"left behind: {name}" for name in leftovers(out)]
