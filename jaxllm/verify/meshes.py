@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxllm.errors import UserError
+from jaxllm.verify.golden import KINDS
 from jaxllm.verify.lab import MODEL, Found, Lab, metrics, saved_steps
 from jaxllm.verify.pods import pair
 
 STEPS = 10
 #: How far the next loss may be off, relative: devices add in other orders.
 LOSS = 1e-6
-MOE = MODEL | {
-    "pattern": [{"attn": MODEL["pattern"][0]["attn"], "moe": {"experts": 4, "experts_per_token": 2, "ffw": 32}}],
-}
 #: `(model, the links of a chain)`; a link is `(devices, overrides)` and goes on where the one before it was.
 CHAINS = {
     "1 to 8, tensor and context, 2 and 1": (
@@ -23,7 +21,7 @@ CHAINS = {
     ),
 }
 MORE = {
-    "8 to 1 with experts": (MOE, [(8, ["parallel.expert=4"]), (1, []), (8, []), (4, ["parallel.tensor=2"])]),
+    "8 to 1 with experts": (KINDS["moe"], [(8, ["parallel.expert=4"]), (1, []), (8, []), (4, ["parallel.tensor=2"])]),
     "tensor to context to data": (
         MODEL,
         [(4, ["parallel.tensor=2"]), (8, ["parallel.context=2"]), (2, ["parallel.fsdp=1", "parallel.data=2"])],

@@ -236,7 +236,7 @@ def run(rows: Sequence[Row], lab: Lab, *, jobs: int = 1, keep: Callable[[dict], 
     beside = [row for row in rows if not row.alone] if jobs > 1 else []
     if beside:
         lab.corpus()  # which they share
-        lab.say(f"rows {', '.join(str(row.number) for row in beside)}, {jobs} at a time ...")
+        lab.say(f"rows {', '.join(str(row.number) for row in beside)}: {jobs} at a time ...")
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
             quiet = dataclasses.replace(lab, say=_nothing)
             for ended in as_completed(
