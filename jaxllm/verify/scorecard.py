@@ -239,9 +239,8 @@ def run(rows: Sequence[Row], lab: Lab, *, jobs: int = 1, keep: Callable[[dict], 
         lab.say(f"rows {', '.join(str(row.number) for row in beside)}: {jobs} at a time ...")
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
             quiet = dataclasses.replace(lab, say=_nothing)
-            for ended in as_completed(
-                [pool.submit(run_one, row, quiet) for row in reversed(beside)]
-            ):  # long ones first
+            running = [pool.submit(run_one, row, quiet) for row in reversed(beside)]  # the last ones take longest
+            for ended in as_completed(running):
                 take(ended.result())
     for row in rows:
         if row not in beside:
