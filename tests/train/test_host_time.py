@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxllm.model.build import build
 from jaxllm.objectives.lm import lm
@@ -55,11 +56,15 @@ def test_compile_time_does_not_grow_with_depth():
 
 
 class no_cache:
-    """Within it every program is compiled."""
+    """Within it every program is compiled. jax looks at the option once a process, until the cache is reset."""
 
     def __enter__(self):
         self.before = jax.config.jax_enable_compilation_cache
-        jax.config.update("jax_enable_compilation_cache", False)
+        self.use(False)
 
     def __exit__(self, *_):
-        jax.config.update("jax_enable_compilation_cache", self.before)
+        self.use(self.before)
+
+    def use(self, on):
+        jax.config.update("jax_enable_compilation_cache", on)
+        compilation_cache.reset_cache()
