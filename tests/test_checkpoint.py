@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import inspect
+import itertools
 import json
 import logging
 import re
@@ -20,10 +22,11 @@ import optax
 import pytest
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint._src.serialization import tensorstore_utils
 from processes import run
 
 from jaxllm import tree
-from jaxllm.checkpoint import CheckpointConfig, Checkpoints, check_space, load, manifest, read_meta
+from jaxllm.checkpoint import CheckpointConfig, Checkpoints, check_space, leaks, load, manifest, read_meta
 from jaxllm.checkpoint.reader import newest_whole, numbered, steps_in
 from jaxllm.config import parse
 from jaxllm.errors import CheckpointError, ResourceError, SettingsError
@@ -558,3 +561,23 @@ def test_two_processes_save_fall_back_and_stop_after_the_same_step(tmp_path):
     first, second = [re.search(r"stopped (\d+)", text).group(1) for text in errors]
     assert first == second and load(tmp_path).step == int(first) >= 10
     assert "3.corrupt" in names(tmp_path)
+
+
+def test_orbax_asks_once_a_folder_where_it_is_and_gets_the_same_answer():
+    """tensorstore never frees what it answers, so that each array and save would cost memory."""
+    build = inspect.unwrap(tensorstore_utils._build_ocdbt_kvstore_tspec)
+    asked = []
+
+    def counted(directory, name=None, **options):
+        asked.append(directory)
+        return build(directory, name, **options)
+
+    spec = leaks.once_a_folder(counted)
+    write = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.WRITE)
+    for folder, name, options in itertools.product(("/a", "/b"), ("x", "y", None), ({}, {"write_options": write})):
+        found = spec(folder, name, **options)
+        assert found == build(folder, name, **options)
+        found["base"]["path"] = "changed by who asked"
+    assert sorted(asked) == ["/a", "/a", "/b", "/b"]
+    leaks.stop()
+    assert hasattr(tensorstore_utils._build_ocdbt_kvstore_tspec, "__wrapped__")

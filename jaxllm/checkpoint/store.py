@@ -8,7 +8,6 @@ twice.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -23,11 +22,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint._src.serialization import tensorstore_utils
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from jaxllm import tree
-from jaxllm.checkpoint import arrays, manifest
+from jaxllm.checkpoint import arrays, leaks, manifest
 from jaxllm.checkpoint.lock import Lock, unwritable
 from jaxllm.checkpoint.reader import NEXT, Restored, absolute, newest_whole, numbered, steps_in
 from jaxllm.checkpoint.together import first_says
@@ -76,6 +74,7 @@ class Checkpoints:
     def __init__(self, folder, config: CheckpointConfig | None = None, *, on_saved: Callable[[], None] = lambda: None):
         self.folder, self.config, self.on_saved = absolute(folder), config or CheckpointConfig(), on_saved
         self.failed: str | None = None
+        leaks.stop()
         self._finishing: threading.Thread | None = None
         self._current: int | None = None  # the step that memory and disk have in common
         self._saves = self._need = 0
@@ -208,7 +207,7 @@ class Checkpoints:
                 self._barrier(key=f"jaxllm:seal:{self._saves}", timeout_ms=BARRIER_MS)
         except Exception as caught:
             error = error or caught
-        _give_back_memory()
+        leaks.give_back()
         if not manifest.sealed(folder):
             self._fail(step, error or RuntimeError("another process could not write its share"))
             return
@@ -357,18 +356,3 @@ def _loss(folder: epath.Path) -> float | None:
         return manifest.read(folder).get("loss")
     except (manifest.Damaged, CheckpointError):
         return None  # said when the step is read; an old loss is no reason not to start
-
-
-def _give_back_memory() -> None:
-    """What a save held, and what was compiled before it, goes back to the system: a third of a small run's memory.
-
-    The threads of a save take from arenas of their own, which glibc keeps: 5 % more after 8,000 steps with 400 saves.
-    """
-    if hasattr(_libc := ctypes.CDLL(None), "malloc_trim"):
-        _libc.malloc_trim(0)
-
-
-# Around each save orbax asks tensorstore for its counters, for a line of a log that nobody has turned on; tensorstore
-# 0.1.86 never frees what it answers, some 30 to 80 KB a save. The name is orbax's own, and may go.
-if hasattr(tensorstore_utils, "get_tensorstore_raw_bytes"):
-    tensorstore_utils.get_tensorstore_raw_bytes = lambda *_, **__: 0
