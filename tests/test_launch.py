@@ -44,7 +44,7 @@ def start(tmp_path, *argv, **environ):
 
 def test_the_same_command_starts_once_more_before_jax_loads(tmp_path):
     out, log = start(tmp_path, "train", "a b.yaml", "optim.lr=1")
-    assert out == ["1 glibc.malloc.hugetlb=1 None ['train', 'a b.yaml', 'optim.lr=1'] False"]
+    assert out == ["1 glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1 None ['train', 'a b.yaml', 'optim.lr=1'] False"]
     assert len(log) == 1 and "JAXLLM_LAUNCH=0" in log[0]
 
 
@@ -57,13 +57,13 @@ def test_the_line_is_for_those_who_ask(tmp_path):
 
 def test_the_switch_and_ones_own_choice_of_pages_are_silent(tmp_path):
     assert start(tmp_path, JAXLLM_LAUNCH="0") == (["0 None None [] False"], [])
-    tunables = "glibc.malloc.hugetlb=2"
+    tunables = "glibc.malloc.hugetlb=2:glibc.malloc.arena_max=4"
     assert start(tmp_path, GLIBC_TUNABLES=tunables) == ([f"None {tunables} None [] False"], [])
 
 
 def test_other_variables_are_kept(tmp_path):
-    out, _ = start(tmp_path, GLIBC_TUNABLES="glibc.malloc.arena_max=1", XLA_FLAGS="--xla_dump_to=x")
-    assert out == ["1 glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1 --xla_dump_to=x [] False"]
+    out, _ = start(tmp_path, GLIBC_TUNABLES="glibc.malloc.arena_max=8", XLA_FLAGS="--xla_dump_to=x")
+    assert out == ["1 glibc.malloc.arena_max=8:glibc.malloc.hugetlb=1 --xla_dump_to=x [] False"]
 
 
 def test_the_fast_profile_adds_to_what_is_set(tmp_path):
@@ -95,15 +95,16 @@ def test_wanted_where_it_helps(linux):
 
 
 @pytest.mark.parametrize("mode", ["[always] madvise never", "always madvise [never]"])
-def test_not_where_the_kernel_does_not_wait_to_be_asked(linux, mode):
+def test_no_pages_where_the_kernel_does_not_wait_to_be_asked(linux, mode):
+    one_arena = {launch.TUNABLES: "glibc.malloc.arena_max=1", launch.SWITCH: "1"}
     linux.write_text(mode)
-    assert not launch.wanted({})
+    assert launch.environment({}) == one_arena
     linux.unlink()
-    assert not launch.wanted({})
+    assert launch.environment({}) == one_arena
 
 
 @pytest.mark.parametrize("libc", [("", ""), ("musl", "1.2.5"), ("glibc", "2.34")])
-def test_not_without_a_glibc_that_knows_the_tunable(linux, monkeypatch, libc):
+def test_not_without_a_glibc_that_knows_the_tunables(linux, monkeypatch, libc):
     monkeypatch.setattr(launch.platform, "libc_ver", lambda: libc)
     assert not launch.wanted({})
 

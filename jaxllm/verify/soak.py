@@ -5,6 +5,7 @@ import statistics
 import time
 from pathlib import Path
 
+from jaxllm import launch
 from jaxllm.verify.lab import PATIENCE, Found, Lab, last_step, leftovers
 
 #: Steps in which a process takes what it needs: arenas of the allocator, pools of threads, what it compiles.
@@ -42,8 +43,8 @@ def soak(lab: Lab) -> Found:
 def _watch(lab: Lab, settings: Path, out: Path) -> list[Sample]:
     import psutil
 
-    samples = []
-    with lab.started(settings) as process:
+    samples, tunables = [], ":".join(f"{key}={value}" for key, value in launch.ONE_ARENA.items())
+    with lab.started(settings, env=lab.environ(GLIBC_TUNABLES=tunables)) as process:
         watched, deadline = psutil.Process(process.pid), time.monotonic() + 10 * PATIENCE
         while process.poll() is None and time.monotonic() < deadline:
             try:
