@@ -72,7 +72,7 @@ def environment(environ: Mapping[str, str], fast: bool = False) -> dict[str, str
     out, glibc = dict(environ), _glibc() >= (2, 35)
     pages = {HUGE_PAGES: "1"} if glibc and _pages_on_request() else {}
     _add(out, TUNABLES, ":", pages | (ONE_ARENA if glibc else {}) | (FAST_TUNABLES if fast and glibc else {}))
-    if fast and _jaxlib() >= FAST_JAXLIB:
+    if fast and jaxlib() >= FAST_JAXLIB:
         _add(out, "XLA_FLAGS", " ", FAST_XLA)
     return out if out == dict(environ) else out | {SWITCH: "1"}
 
@@ -83,7 +83,7 @@ def _slow(environ: Mapping[str, str]) -> str | None:
         return f"turned off by {SWITCH}={environ[SWITCH]}"
     if not _on_cpu(environ):
         return "for training on CPU, which this is not"
-    if _jaxlib() < FAST_JAXLIB:
+    if jaxlib() < FAST_JAXLIB:
         return "no oneDNN fusions, which jaxlib before 0.12 cannot compile on every processor (0.12 needs Python 3.12)"
     return None
 
@@ -96,7 +96,7 @@ def _add(environ: dict[str, str], name: str, between: str, settings: Mapping[str
         environ[name] = between.join([own, *new] if own else new)
 
 
-def _jaxlib() -> tuple[int, ...]:
+def jaxlib() -> tuple[int, ...]:
     """Its version without loading it."""
     return tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
 

@@ -1,21 +1,17 @@
 """Shared by all tests: eight virtual CPU devices, and a compilation cache so that a second run starts in seconds."""
 
-import importlib.metadata
 import os
 
 import pytest
+
+from jaxllm.verify.lab import little_compiling
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in flags:
     flags += " --xla_force_host_platform_device_count=8"
-    # Compiling is most of the time of these tests, and the programs are tiny: two thirds of the time with these. Not
-    # level 0, which gives NaN in the gradient of a soft-capped softmax.
-    flags += " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=1"
-    flags += " --xla_cpu_parallel_codegen_split_count=1"
-    if importlib.metadata.version("jaxlib") < "0.12":  # where the older emitters are gone
-        flags += " --xla_cpu_use_fusion_emitters=false"
+    flags += f" {little_compiling()}"  # which is most of the time of these tests
     os.environ["XLA_FLAGS"] = flags.strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -14,7 +14,7 @@ from jaxllm import launch
 logging.basicConfig(level=os.environ.get("LEVEL", "INFO"), format="%(message)s")
 launch._pages_on_request = launch._on_cpu = lambda *_: True
 launch._glibc = lambda: (2, 39)
-launch._jaxlib = lambda: (0, int(os.environ.get("MINOR", 12)))
+launch.jaxlib = lambda: (0, int(os.environ.get("MINOR", 12)))
 launch.relaunch(sys.argv[1:], getattr(logging, os.environ.get("SAY", "INFO")), "--cpu-fast" in sys.argv)
 names = ("JAXLLM_LAUNCH", "GLIBC_TUNABLES", "XLA_FLAGS")
 print(*(os.environ.get(name) for name in names), sys.argv[1:], "jax" in sys.modules)

@@ -31,8 +31,11 @@ def add_verify(verbs):
 
 def verify(args) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # where all of its runs are, in this process too
+    from jaxllm.verify.lab import Lab, little_compiling
+
+    if args.run_file is None:  # the scorecard's own small runs; a user's run is compiled as it is
+        os.environ["XLA_FLAGS"] = f"{little_compiling()} {os.environ.get('XLA_FLAGS', '')}".strip()
     from jaxllm.train.load import load_run
-    from jaxllm.verify.lab import Lab
     from jaxllm.verify.page import page
     from jaxllm.verify.scorecard import chosen, run
 

@@ -15,6 +15,7 @@ from random import Random
 
 import yaml
 
+from jaxllm import launch
 from jaxllm.errors import UserError
 
 log = logging.getLogger("jaxllm")
@@ -26,6 +27,18 @@ MODEL = {
     "context": 64,
     "pattern": [{"attn": {"heads": 4, "kv_heads": 2}, "mlp": {"ffw": 48}}],
 }
+
+
+def little_compiling() -> str:
+    """XLA_FLAGS with which small programs compile in two thirds of the time, and run slower.
+
+    Not level 0, which gives NaN in the gradient of a soft-capped softmax.
+    """
+    flags = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=1"
+    flags += " --xla_cpu_parallel_codegen_split_count=1"
+    if launch.jaxlib() < (0, 12):  # where the older emitters are gone
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    return flags
 
 
 @dataclasses.dataclass(frozen=True)

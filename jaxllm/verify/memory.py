@@ -6,14 +6,13 @@ NUMBER OF LONG` does every OF-th of them from NUMBER on and prints what it found
 
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxllm.verify.lab import Found, Lab
+from jaxllm.verify.lab import Found, Lab, little_compiling
 
 #: How far an estimate may be from the compiled program; and from what the program is given, which is counted.
 NEAR, EXACT = 0.15, 1e-3
@@ -199,9 +198,8 @@ def _run_that_is_refused(lab: Lab) -> list[str]:
 
 def _worker(lab: Lab, number: int) -> subprocess.Popen:
     # What LLVM does to the code takes most of the time, and changes no memory.
-    fast = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
-    flags = f"--xla_force_host_platform_device_count=8 {fast}"
-    env = lab.environ(XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip())
+    env = lab.environ(devices=8)
+    env["XLA_FLAGS"] += f" {little_compiling()}"
     command = [sys.executable, "-m", "jaxllm.verify.memory", str(number), str(WORKERS), str(int(lab.long))]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 

@@ -40,6 +40,14 @@ def test_a_bit_that_changes_on_the_way_is_found(lab, monkeypatch):
     assert found.failures and all("norm" in text and "is not what was saved" in text for text in found.failures), found
 
 
+@pytest.mark.slow
+def test_a_bit_that_changes_from_two_processes_to_one_is_found(lab, monkeypatch):
+    monkeypatch.setattr(meshes, "CHAINS", {})
+    monkeypatch.setattr(Lab, "module", lambda self, name: ["-c", FAULT])
+    failures = meshes.moved(lab).failures
+    assert failures and all(text.startswith("2 processes to 1: ") and "norm" in text for text in failures), failures
+
+
 @pytest.mark.fast
 def test_what_was_saved_and_restored_is_compared(tmp_path):
     before, after = tmp_path / "a", tmp_path / "b"
