@@ -21,7 +21,9 @@ def page(found: dict[str, Any]) -> str:
     """Markdown. `found`: what `scorecard.run` gives."""
     promises = {row.number: row for row in ROWS}
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    when = f"{found['tier'].capitalize()} tier, seed {found['seed']}, {found['date']}, {found['machine']}: {versions}."
+    dates = sorted({row.get("date", found["date"]) for row in found["rows"]}) or [found["date"]]
+    dates = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    when = f"{found['tier'].capitalize()} tier, seed {found['seed']}, {dates}, {found['machine']}: {versions}."
     out = HEAD.format(when=when)
     for row in found["rows"]:
         failures = "; ".join(row["failures"][:3])

@@ -259,7 +259,7 @@ def run_one(row: Row, lab: Lab) -> dict[str, Any]:
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
             result = Found(0, (text,), "the check broke down")
-    found = {"row": row.number, "name": row.name, "passed": result.passed, "cases": result.cases}
+    found = {"row": row.number, "name": row.name, "passed": result.passed, "cases": result.cases, "date": _today()}
     seconds = round(time.monotonic() - started, 1)
     return found | {"seconds": seconds, "figure": result.figure, "failures": list(result.failures[:20])}
 
@@ -268,12 +268,16 @@ def _nothing(text: str) -> None:
     pass
 
 
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
 def facts() -> dict[str, Any]:
     """When and with what."""
     from jaxllm.train.report import versions
 
     return {
-        "date": datetime.date.today().isoformat(),
+        "date": _today(),
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}",
     }

@@ -46,6 +46,36 @@ def test_a_check_that_breaks_down_or_tries_nothing_has_failed(tmp_path):
     assert sum("FAIL" in text for text in said) == 2 and not list(tmp_path.iterdir()), "scratch folders go"
 
 
+def test_a_scorecard_goes_on_where_it_was(tmp_path, capsys):
+    file = tmp_path / "found.json"
+    argv = ["verify", "--resume", "--jobs", "1", "--json", str(file), "--page", str(tmp_path / "page.md")]
+    assert cli.main([*argv, "14"]) == 0 and cli.main([*argv, "11"]) == 0
+    assert "2 of 2 rows hold" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert [row["row"] for row in found["rows"]] == [11, 14]
+    # Nothing is left to try; a row that failed keeps its place until it is named.
+    rows = [
+        {
+            "row": row.number,
+            "passed": row.number != 3,
+            "figure": "f",
+            "failures": [],
+            "seconds": 1,
+            "date": "2020-01-01",
+        }
+        for row in ROWS
+    ]
+    file.write_text(json.dumps(found | {"rows": rows}))
+    assert cli.main(argv) == 1 and "17 of 18 rows hold" in capsys.readouterr().out
+    assert cli.main([*argv, "14"]) == 1
+    again = json.loads(file.read_text())["rows"]
+    assert [row["figure"] == "f" for row in again] == [row["row"] != 14 for row in again]
+    assert f"seed 0, 2020-01-01 to {again[13]['date']}, " in (tmp_path / "page.md").read_text()
+    for other, why in (([*argv, "--long"], "tier is quick, and long now"), ([*argv, "--seed", "1"], "seed is 0")):
+        assert cli.main(other) == 2 and why in capsys.readouterr().err
+    assert cli.main(["verify", "--resume"]) == 2 and "--resume needs --json" in capsys.readouterr().err
+
+
 def test_the_verb_writes_json_and_a_page_and_says_in_its_exit_code(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(typos, "NEAREST", 0.5)
     files = ["--json", str(tmp_path / "found.json"), "--page", str(tmp_path / "page.md")]
