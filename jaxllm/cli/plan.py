@@ -26,7 +26,12 @@ def add_plan(verbs):
     train.add_argument(
         "--search", action="store_true", help="try meshes, remat, microbatches and dtypes; rank what fits"
     )
-    train.add_argument("--compile", type=int, metavar="N", help="of --search: compile the best N (default 2)")
+    train.add_argument(
+        "--compile",
+        type=int,
+        metavar="N",
+        help="of --search: compile the best N (default 2; 0: none, by estimates alone)",
+    )
     verb.add_argument("--generate", action="store_true", help="plan generation, not training")
     make = verb.add_argument_group("of --generate")
     make.add_argument("--batch", type=int, help="rows at a time (default 1)")

@@ -219,7 +219,9 @@ class Trainer:
             from_reference=dpo is not None and dpo.reference is None,
             chat=all(source.format in TURNS for source in self.data.sources),
         )
-        self.say_checked([checks.before(state.params, batch), *self.method.check(batch)])
+        with self.show.waiting("self-check: compiling what looks at the first batch ..."):
+            found = [checks.before(state.params, batch), *self.method.check(batch)]
+        self.say_checked(found)
         return [checks]
 
     def next_batch(self, loader: Loader):
@@ -243,7 +245,7 @@ class Trainer:
             skip_spikes=self.config.train.skip_spikes,
             abstract=self.abstract,
         )
-        with memory.within_step():
+        with memory.within_step(), self.show.waiting("compiling the step: minutes for a large model ..."):
             compiled = step_fn.lower(state, batch).compile()
         memory.check_step(compiled)
         return compiled

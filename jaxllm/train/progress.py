@@ -1,7 +1,10 @@
 """What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere."""
 
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -46,6 +49,17 @@ class Show:
             self.bar.console.print(text, highlight=False, markup=False)
         elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def waiting(self, text: str, seconds: float = 5.0) -> Iterator[None]:
+        """Says what is being waited for where the block takes longer than this."""
+        timer = threading.Timer(seconds, self.say, [text])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def close(self) -> None:
         if self.bar is not None:
