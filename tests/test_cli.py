@@ -376,7 +376,14 @@ def test_tokenizer_and_data_verbs(corpus, run_file, capsys):
     assert cli.main(["data", "inspect", run_file, "--step", "2"]) == 0
     out = capsys.readouterr().out
     assert re.findall(r"^row (\d+), of (?:code|prose)$", out, re.M) == [str(row) for row in range(8, 16)]
-    assert re.search(rf"document \d+, tokens [\d,]+ to [\d,]+: {corpus}/(code|prose)-\d+.txt\n", out)
+    parts = re.findall(
+        rf"document \d+, tokens [\d,]+ to [\d,]+, from line ([\d,]+) of its text: ({corpus}/.*)\n +(.*)", out
+    )
+    for line, path, pieces in parts:
+        text = (corpus / path).read_text().split("\n", int(line.replace(",", "")) - 1)[-1]
+        begins = re.split("<0x|▁▁", pieces)[0].replace("|", "").replace("▁", " ").replace("⏎", "\n")
+        assert 0 <= text.find(begins) <= text.find("\n"), (line, path, begins)
+    assert parts
     assert cli.main(["data", "inspect", run_file, "--step", "0"]) == 2
     assert "step 0 is none of the run, whose steps are 1 to" in capsys.readouterr().err
 

@@ -45,6 +45,11 @@ def inspect_rows(stream: Mixture, rows: Iterable[int], tokenizer: Tokenizer) -> 
         last = one.row
         stop = one.first + one.count + 1
         part = "" if one.count + 1 >= one.store.lengths[one.document] else f", tokens {one.first:,} to {stop:,}"
+        if one.first:
+            line = 1 + sum(
+                tokenizer.bytes_of[i].count(b"\n") for i in one.store.doc(one.document, 0, one.first).tolist()
+            )
+            part += f", from line {line:,} of its text"
         lines.append(f"  document {one.document}{part}: {places_of(one.store, [one.document])[0]}")
         lines.append("    " + _show(tokenizer, one.store.doc(one.document, one.first, min(stop, one.first + 24))))
     return "\n".join(lines)
