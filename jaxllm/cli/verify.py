@@ -21,7 +21,7 @@ def add_verify(verbs):
         "--run",
         dest="run_file",
         metavar="RUN.yaml",
-        help="your own run for rows 1, 3, 4 and 6, not a small one",
+        help="your own run for rows 1, 3, 4 and 6, and its text in row 8",
     )
     verb.add_argument(
         "--jobs", type=int, default=2, metavar="N", help="rows at a time (2); those that go by the clock run alone"

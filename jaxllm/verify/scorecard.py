@@ -112,6 +112,7 @@ ROWS: tuple[Row, ...] = (
         "A stream cut anywhere goes on with the same global tokens, whoever reads it.",
         "stream:position",
         "Files in object stores; parquet and dataset folders where the extra for data is not installed.",
+        own=True,
     ),
     Row(
         9,

@@ -116,7 +116,20 @@ def _streams(lab: Lab) -> dict[str, tuple[Stages, Stages]]:
             out["a stage boundary"] = both, whole
         if kind == "mixture":
             out["a mixture that changes with its stage"] = both, both
-    return out
+    return out | ({"your own run": _own(lab)} if lab.run_file is not None else {})
+
+
+def _own(lab: Lab) -> tuple[Stages, Stages]:
+    """The first stage of the user's own run."""
+    from jaxllm.data.prepare import prepare
+    from jaxllm.train.folder import RunFolder
+    from jaxllm.train.load import load_run
+    from jaxllm.train.streams import make_streams
+
+    config, _ = load_run(lab.settings(lab.folder / "own"))
+    stores = prepare(config.data, RunFolder(config).open_tokenizer(lab.say), say=lab.say)
+    whole = ((make_streams(config.data, config.train.resolved_stages, stores)[0], STEPS),)
+    return whole, whole
 
 
 def _files(lab: Lab) -> dict[str, Path]:

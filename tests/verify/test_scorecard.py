@@ -352,6 +352,17 @@ def test_ones_own_run_keeps_its_model_and_gets_the_saves_of_a_check(lab):
     load_run(lab.settings(lab.folder / "y"))  # a few steps, and a warmup that fits
 
 
+def test_ones_own_text_is_cut_too(lab, monkeypatch, tmp_path):
+    lab.run_file = str(Lab.settings(lab, tmp_path / "mine"))
+    monkeypatch.setattr(stream, "_streams", lambda lab: {"your own run": stream._own(lab)})
+    few(monkeypatch, 6)
+    found = stream.position(lab)
+    assert found.cases >= 6 and all("fell inside" in text for text in found.failures), found
+    read = stream._read
+    monkeypatch.setattr(stream, "_read", lambda stages, start, *of: read(stages, start + (start > 0), *of))
+    assert any(text.startswith("your own run: cut after") for text in stream.position(lab).failures)
+
+
 def test_only_rows_that_are_made_for_it_get_ones_own_run(tmp_path):
     given, lab = {}, Lab(tmp_path, run_file="demo", say=lambda text: None)
 
@@ -361,7 +372,7 @@ def test_only_rows_that_are_made_for_it_get_ones_own_run(tmp_path):
 
     rows = [Given(row.number, row.name, row.promise, "", own=row.own) for row in ROWS]
     scorecard.run(rows, lab)
-    assert [number for number, run_file in given.items() if run_file] == [1, 3, 4, 6] and len(given) == len(ROWS)
+    assert [number for number, run_file in given.items() if run_file] == [1, 3, 4, 6, 8] and len(given) == len(ROWS)
 
 
 @pytest.mark.fast
