@@ -228,53 +228,17 @@ class RunConfig:
     def __post_init__(self):
         if self.kernels.cache != "float":
             raise ValueError(f"kernels.cache={self.kernels.cache} is for generation, and training would ignore it")
-        for source in (*self.data.sources, *self.data.eval_sources):
-            if (source.format == "pairs") != (self.dpo is not None):
-                wanted = "pairs" if self.dpo is not None else "answers that are compared (jaxllm dpo), not text"
-                raise ValueError(f"source {source.name} has format={source.format}, and the run wants {wanted}")
-        asks = any(source.format == "prompts" for source in (*self.data.sources, *self.data.eval_sources))
-        if asks and (self.distill is None or self.data.tokenizer is None):
-            raise ValueError("format=prompts: a teacher answers them, in jaxllm distill and with its own tokenizer")
-        if self.distill is not None and not asks and self.distill.answers != AnswersConfig():
-            raise ValueError("distill.answers would be ignored: no source has format=prompts")
-        if self.distill is not None and (self.dpo is not None or self.train.z_loss or self.train.neftune):
-            raise ValueError("distill has an objective of its own and would ignore dpo, train.z_loss and train.neftune")
+        self._check_sources()
+        self._check_distill()
         if self.dpo is not None:
-            _check_dpo_experts(self.model)
-        if self.dpo is not None and self.data.truncate == "left":
-            raise ValueError(
-                "dpo: data.truncate=left would be ignored: a pair that is longer than a row is left out whole; set "
-                "drop, or error"
-            )
-        if self.dpo is not None and self.train.stages:
-            raise ValueError("dpo: the reference is computed once, for rows of one length; set train.steps, not stages")
-        if self.dpo is not None and (self.train.init is None or self.train.z_loss or self.train.neftune):
-            raise ValueError(
-                f"dpo: train.init={self.train.init}, z_loss={self.train.z_loss}, neftune={self.train.neftune}: it "
-                "starts from a trained model, and would ignore z_loss and neftune"
-            )
-        if self.qat is not None and (self.quantize or self.lora):
-            raise ValueError("qat trains the weights themselves, and quantize and lora train adapters: set one of them")
-        if (self.quantize or self.lora) and self.train.init is None:
-            raise ValueError("quantize and lora are for the weights of a trained model; set train.init")
-        if self.quantize is not None and self.lora is None:
-            raise ValueError("quantised weights cannot be trained; set lora too, or use jaxllm quantize")
+            self._check_dpo()
+        self._check_changes()
         if self.out is not None and "://" in self.out:
             raise ValueError(
                 f"out={self.out}: the run folder must be a local one, since lines are appended to its metrics; "
                 f"set checkpoint.folder={self.out} for the checkpoints"
             )
-        for stage in self.train.resolved_stages:
-            if self.model.positions == "learned" and stage.seq_len > self.model.context:
-                raise ValueError(
-                    f"train.seq_len={stage.seq_len} is longer than the {self.model.context} learned positions "
-                    "(model.context)"
-                )
-            stage.model(self.model)
-            known = [source.name for source in self.data.sources]
-            for name in stage.weights or {}:
-                if name not in known:
-                    raise ValueError(f"stage {stage.name}: no source {name}{nearest(name, known)}")
+        self._check_stages()
         if self.train.patience is not None and not self.data.eval_names:
             raise ValueError(
                 f"train.patience={self.train.patience} would be ignored without held-out text; "
@@ -283,6 +247,57 @@ class RunConfig:
         if (chosen := self.profile.first_and_last) and chosen[0] > self.train.total_steps:
             last = self.train.total_steps
             raise ValueError(f"profile.steps={self.profile.steps} lies after the last of {last} steps")
+
+    def _check_sources(self):
+        for source in (*self.data.sources, *self.data.eval_sources):
+            if (source.format == "pairs") != (self.dpo is not None):
+                wanted = "pairs" if self.dpo is not None else "answers that are compared (jaxllm dpo), not text"
+                raise ValueError(f"source {source.name} has format={source.format}, and the run wants {wanted}")
+
+    def _check_distill(self):
+        asks = any(source.format == "prompts" for source in (*self.data.sources, *self.data.eval_sources))
+        if asks and (self.distill is None or self.data.tokenizer is None):
+            raise ValueError("format=prompts: a teacher answers them, in jaxllm distill and with its own tokenizer")
+        if self.distill is not None and not asks and self.distill.answers != AnswersConfig():
+            raise ValueError("distill.answers would be ignored: no source has format=prompts")
+        if self.distill is not None and (self.dpo is not None or self.train.z_loss or self.train.neftune):
+            raise ValueError("distill has an objective of its own and would ignore dpo, train.z_loss and train.neftune")
+
+    def _check_dpo(self):
+        _check_dpo_experts(self.model)
+        if self.data.truncate == "left":
+            raise ValueError(
+                "dpo: data.truncate=left would be ignored: a pair that is longer than a row is left out whole; set "
+                "drop, or error"
+            )
+        if self.train.stages:
+            raise ValueError("dpo: the reference is computed once, for rows of one length; set train.steps, not stages")
+        if self.train.init is None or self.train.z_loss or self.train.neftune:
+            raise ValueError(
+                f"dpo: train.init={self.train.init}, z_loss={self.train.z_loss}, neftune={self.train.neftune}: it "
+                "starts from a trained model, and would ignore z_loss and neftune"
+            )
+
+    def _check_changes(self):
+        if self.qat is not None and (self.quantize or self.lora):
+            raise ValueError("qat trains the weights themselves, and quantize and lora train adapters: set one of them")
+        if (self.quantize or self.lora) and self.train.init is None:
+            raise ValueError("quantize and lora are for the weights of a trained model; set train.init")
+        if self.quantize is not None and self.lora is None:
+            raise ValueError("quantised weights cannot be trained; set lora too, or use jaxllm quantize")
+
+    def _check_stages(self):
+        known = [source.name for source in self.data.sources]
+        for stage in self.train.resolved_stages:
+            if self.model.positions == "learned" and stage.seq_len > self.model.context:
+                raise ValueError(
+                    f"train.seq_len={stage.seq_len} is longer than the {self.model.context} learned positions "
+                    "(model.context)"
+                )
+            stage.model(self.model)
+            for name in stage.weights or {}:
+                if name not in known:
+                    raise ValueError(f"stage {stage.name}: no source {name}{nearest(name, known)}")
 
 
 def _check_dpo_experts(model: ModelConfig) -> None:
