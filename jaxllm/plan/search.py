@@ -95,17 +95,7 @@ def search(
     say(f"{len(found):,} candidates by formulas: {len(fit):,} fit")
     if not fit:
         raise ResourceError(_nothing(config, target, found))
-    ranked, options = [], dict(tokens=tokens, prices=prices)
-    for one in fit[: compiles if target.compiles else 0]:
-        say(f"compiling {' '.join(one.overrides)}")
-        made = plan(one.config, target, **options)
-        ranked.append(_row(one) | {"compiled": made} | _of_plan(made))
-    ranked += [_row(one) | {"compiled": None} for one in fit[len(ranked) :]]
-    if all(row["refused"] for row in ranked):
-        reasons = "; ".join(f"{' '.join(row['overrides'])}: {row['refused']}" for row in ranked)
-        raise ResourceError(f"{target.name}: the compiler refuses all that fit by formulas: {reasons}")
-    # What was compiled and does not fit goes last; of the others a compiled time counts for more than an estimate.
-    ranked.sort(key=lambda row: (row["refused"] is not None, row["compiled"] is None, row["seconds"]))
+    ranked = _ranked(fit, target, compiles, say, tokens=tokens, prices=prices)
     return {
         "topology": {"name": target.name, "chips": target.chips, "slices": target.slices},
         "assumed": [text for text in assumed if text.partition("=")[0] not in ("model.dtype", "model.remat")],
@@ -115,6 +105,21 @@ def search(
         "ranked": [row for row in ranked if row["refused"] is None],
         "refused": [row for row in ranked if row["refused"]] + [_row(one) for one in found if one.refused],
     }
+
+
+def _ranked(fit: Sequence[Candidate], target: Target, compiles: int, say, **options) -> list[dict[str, Any]]:
+    """Rows of those that fit by formulas, the best of them compiled. Raises ResourceError where all are refused."""
+    ranked = []
+    for one in fit[: compiles if target.compiles else 0]:
+        say(f"compiling {' '.join(one.overrides)}")
+        made = plan(one.config, target, **options)
+        ranked.append(_row(one) | {"compiled": made} | _of_plan(made))
+    ranked += [_row(one) | {"compiled": None} for one in fit[len(ranked) :]]
+    if all(row["refused"] for row in ranked):
+        reasons = "; ".join(f"{' '.join(row['overrides'])}: {row['refused']}" for row in ranked)
+        raise ResourceError(f"{target.name}: the compiler refuses all that fit by formulas: {reasons}")
+    # What was compiled and does not fit goes last; of the others a compiled time counts for more than an estimate.
+    return sorted(ranked, key=lambda row: (row["refused"] is not None, row["compiled"] is None, row["seconds"]))
 
 
 def _order(one: Candidate):
