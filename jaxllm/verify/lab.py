@@ -152,6 +152,8 @@ class Lab:
     def environ(self, devices: int = 1, **more: str) -> dict[str, str]:
         """For processes that train on CPU: their programs are compiled once for all rows."""
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        # XLA ends a process whose devices have waited 40 seconds for each other, as they may where cores are busy.
+        flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
         ours = {
             "JAX_PLATFORMS": "cpu",
             "TF_CPP_MIN_LOG_LEVEL": "3",
