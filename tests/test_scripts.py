@@ -471,10 +471,11 @@ def test_a_slurm_job_of_two_nodes_is_stopped_goes_back_to_the_queue_and_ends(cor
     assert again.returncode == 0 and "finished at step 8" in again.stdout, again.stdout + again.stderr
     step = re.search(r"preempted at step (\d+)", first.stdout)[1]
     assert f"at step {step}" in again.stderr and len(calls()) == 1
-    # Both processes trace; XProf reads the one file, Perfetto the other.
-    assert list((here / "run/profile").rglob("*.xplane.pb"))
-    (trace, *_) = (here / "run/profile").rglob("*.trace.json.gz")
-    assert {"ph", "name"} <= json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"][0].keys()
+    # Both processes of this machine trace; XProf reads the one file, Perfetto the other.
+    for folder in (here / "run/profile/plugins", here / "run/profile/process-1"):
+        ((profile,), (trace,)) = (list(folder.rglob(f"*.{kind}")) for kind in ("xplane.pb", "trace.json.gz"))
+        assert profile.stat().st_size
+        assert {"ph", "name"} <= json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"][0].keys()
 
 
 @pytest.mark.slow

@@ -7,9 +7,15 @@ import jax
 
 
 class Trace:
-    """Traces the steps `(first, last)` into `folder`, as far as they are run while the `with` block lasts."""
+    """Traces the steps `(first, last)` into `folder`, as far as they are run while the `with` block lasts.
+
+    Every process but the first has a folder of its own in it: the profiler names files by host and second, and two
+    processes of one host would write into the same ones.
+    """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, say: Callable[[str], None]):
+        if jax.process_index() > 0:
+            folder = folder / f"process-{jax.process_index()}"
         self.steps, self.folder, self.say, self.running = steps or (0, -1), folder, say, False
         self.late = steps is not None  # until the first step that is run
 

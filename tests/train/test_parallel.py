@@ -239,7 +239,7 @@ def changed_experts(sharding, one: Change, trainable: str):
     plain = build(CONFIGS["moe"], sharding, tiny.Kernels(unroll=0))
     params = tiny.weights(plain)
     params, model = change(plain, one.plan(plain), params), after(plain, (one,))
-    tx = optax.sgd(1.0)
+    tx = optax.sgd(1e3)  # else the weights' own rounding is 1e-5 of what moves
     before = jax.tree.map(np.asarray, params)
     state = make_state(model, tx, jax.random.key(0), params=params, trainable=trainable)
     state, metrics = make_train_step(model, lm, tx, trainable=trainable)(state, sharding.batch(BATCH))
