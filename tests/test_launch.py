@@ -44,7 +44,7 @@ def start(tmp_path, *argv, **environ):
 
 def test_the_same_command_starts_once_more_before_jax_loads(tmp_path):
     out, log = start(tmp_path, "train", "a b.yaml", "optim.lr=1")
-    assert out == ["1 glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1 None ['train', 'a b.yaml', 'optim.lr=1'] False"]
+    assert out == ["1 glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2 None ['train', 'a b.yaml', 'optim.lr=1'] False"]
     assert len(log) == 1 and "JAXLLM_LAUNCH=0" in log[0]
 
 
@@ -67,10 +67,10 @@ def test_other_variables_are_kept(tmp_path):
 
 
 def test_the_fast_profile_adds_to_what_is_set(tmp_path):
-    own = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2", "XLA_FLAGS": "--xla_cpu_use_onednn=false"}
+    own = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=3", "XLA_FLAGS": "--xla_cpu_use_onednn=false"}
     out, log = start(tmp_path, "--cpu-fast", SAY="DEBUG", **own)
     tunables, flags = out[0].split(" ")[1], out[0].partition("--xla")[2]
-    assert tunables.startswith("glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1:") and "arena_max=1" not in tunables
+    assert tunables.startswith("glibc.malloc.arena_max=3:glibc.malloc.hugetlb=1:") and "arena_max=1" not in tunables
     assert "mmap_max=0" in tunables and "trim_threshold" in tunables
     assert flags.startswith("_cpu_use_onednn=false --xla_cpu_experimental_onednn_fusion_type=dot,eltwise")
     assert len(log) == 1 and "JAXLLM_LAUNCH=0" in log[0]
@@ -96,11 +96,11 @@ def test_wanted_where_it_helps(linux):
 
 @pytest.mark.parametrize("mode", ["[always] madvise never", "always madvise [never]"])
 def test_no_pages_where_the_kernel_does_not_wait_to_be_asked(linux, mode):
-    one_arena = {launch.TUNABLES: "glibc.malloc.arena_max=1", launch.SWITCH: "1"}
+    few = {launch.TUNABLES: "glibc.malloc.arena_max=2", launch.SWITCH: "1"}
     linux.write_text(mode)
-    assert launch.environment({}) == one_arena
+    assert launch.environment({}) == few
     linux.unlink()
-    assert launch.environment({}) == one_arena
+    assert launch.environment({}) == few
 
 
 @pytest.mark.parametrize("libc", [("", ""), ("musl", "1.2.5"), ("glibc", "2.34")])

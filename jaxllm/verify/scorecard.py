@@ -198,7 +198,7 @@ ROWS: tuple[Row, ...] = (
         "2,000 steps with 100 saves: the memory of the process grows by less than 2 % after the first 200, and it "
         "collects neither threads nor open files.",
         "soak:soak",
-        "Without huge pages, in which memory is counted by 2 MiB, and with one arena of the allocator, as runs on CPU "
+        "Without huge pages, in which memory is counted by 2 MiB, and with two arenas of the allocator, as runs on CPU "
         "have it. Hours of training on an accelerator, whose runtime has memory of its own.",
     ),
 )

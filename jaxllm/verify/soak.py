@@ -43,7 +43,7 @@ def soak(lab: Lab) -> Found:
 def _watch(lab: Lab, settings: Path, out: Path) -> list[Sample]:
     import psutil
 
-    samples, tunables = [], ":".join(f"{key}={value}" for key, value in launch.ONE_ARENA.items())
+    samples, tunables = [], ":".join(f"{key}={value}" for key, value in launch.FEW_ARENAS.items())
     with lab.started(settings, env=lab.environ(GLIBC_TUNABLES=tunables)) as process:
         watched, deadline = psutil.Process(process.pid), time.monotonic() + 10 * PATIENCE
         while process.poll() is None and time.monotonic() < deadline:
