@@ -65,8 +65,8 @@ def test_a_key_that_stands_twice_and_the_last_one_taken(meet, monkeypatch):
 
 def test_a_line_without_a_limit_and_one_that_takes_too_much(meet, monkeypatch):
     assert "and 1 and 512 are allowed" in meet("100 MB in a record", memory=1 << 20)
-    monkeypatch.setattr(baddata, "RESIDENT", 1 << 20)
-    assert "and 160 and 1 are allowed" in meet("100 MB in a record")
+    monkeypatch.setattr(baddata, "RESIDENT", -1 << 20)  # what tests before this one gave back may be enough for it
+    assert "and 160 and -1 are allowed" in meet("100 MB in a record")
     monkeypatch.setattr(lines, "LONGEST", 1 << 30)
     assert "expected" in meet("a bomb of gzip")
 
