@@ -4,7 +4,8 @@ XLA allocates the temporaries of every step anew. With 4 KiB pages a step of a s
 in page faults; `glibc.malloc.hugetlb=1` lets malloc ask for huge pages (transparent huge pages by madvise), at no
 cost in memory. Two arenas for all threads, where glibc would make eight a core, keep what a long run holds where it is:
 arenas grow apart, by 1 to 3 % in 2,000 steps of a small run. A step takes as long; with one arena it takes 3 % longer.
-Nothing is changed where glibc, madvise or the CPU backend is not what the run uses.
+Nothing is changed without glibc or where a run is not on CPU, and no pages are asked for where the kernel gives them to
+all or to none.
 """
 
 import importlib.metadata
@@ -118,7 +119,7 @@ def relaunch(argv: list[str], level: int = logging.INFO, fast: bool = False) -> 
             log.info("jaxllm: --cpu-fast: %s", why)
     if not changed:
         return
-    what = "fast allocator" if fast else "huge pages and two arenas for the allocator"
+    what = "fast allocator" if fast else "allocator for CPU"
     log.log(level, "jaxllm: %s (%s; %s=0 turns this off)", what, ", ".join(changed), SWITCH)
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], new)

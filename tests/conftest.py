@@ -4,16 +4,14 @@ import os
 
 import pytest
 
-from jaxllm.verify.lab import little_compiling
+from jaxllm.verify.lab import PATIENT, little_compiling
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in flags:
     flags += " --xla_force_host_platform_device_count=8"
-    flags += f" {little_compiling()}"  # which is most of the time of these tests
-    # XLA ends a process whose devices have waited 40 seconds for each other, as they may where two cores are busy.
-    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    flags += f" {little_compiling()} {PATIENT}"  # compiling is most of the time of these tests
     os.environ["XLA_FLAGS"] = flags.strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

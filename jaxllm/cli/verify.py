@@ -74,22 +74,29 @@ def _keep(args, before: dict[int, dict], found: dict) -> dict:
     rows = before | {row["row"]: row for row in found["rows"]}
     found = found | {"rows": [rows[number] for number in sorted(rows)]}
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        partial = Path(f"{args.json}.partial")
+        partial.write_text(json.dumps(found, indent=1) + "\n")
+        partial.replace(args.json)  # at once: hours of checks may stand in it
     if args.page:
         Path(args.page).write_text(page(found))
     return found
 
 
 def _before(args) -> dict[int, dict]:
-    """The rows that the file has, by number. Raises SettingsError where they are of another tier, seed or version."""
+    """The rows that the file has, by number. Raises SettingsError for those of another tier, seed, run or version."""
     from jaxllm.verify.scorecard import facts
 
     if not args.json:
         raise SettingsError("--resume needs --json FILE, which has the rows that were found before")
     if not (path := Path(args.json)).exists():
         return {}
-    before, now = json.loads(path.read_text()), facts() | {"tier": "long" if args.long else "quick", "seed": args.seed}
-    for key in ("tier", "seed", "versions", "machine"):
-        if before.get(key) != now[key]:
-            raise SettingsError(f"{path}: {key} is {before.get(key)}, and {now[key]} now: move it away to begin anew")
-    return {row["row"]: row for row in before["rows"]}
+    now = facts() | {"tier": "long" if args.long else "quick", "seed": args.seed, "run": args.run_file}
+    try:
+        before = json.loads(path.read_text())
+        rows, was = {row["row"]: row for row in before["rows"]}, {key: before[key] for key in now}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SettingsError(f"{path}: no file of jaxllm verify --json ({error}): move it away to begin anew") from error
+    for key in now:
+        if key != "date" and was[key] != now[key]:
+            raise SettingsError(f"{path}: {key} is {was[key]}, and {now[key]} now: move it away to begin anew")
+    return rows

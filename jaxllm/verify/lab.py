@@ -29,6 +29,10 @@ MODEL = {
 }
 
 
+#: XLA ends a process whose devices have waited 40 seconds for each other, as they may where cores are busy.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+
+
 def little_compiling() -> str:
     """XLA_FLAGS with which small programs compile in two thirds of the time, and run slower.
 
@@ -151,9 +155,7 @@ class Lab:
 
     def environ(self, devices: int = 1, **more: str) -> dict[str, str]:
         """For processes that train on CPU: their programs are compiled once for all rows."""
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        # XLA ends a process whose devices have waited 40 seconds for each other, as they may where cores are busy.
-        flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} {PATIENT}"
         ours = {
             "JAX_PLATFORMS": "cpu",
             "TF_CPP_MIN_LOG_LEVEL": "3",

@@ -7,8 +7,9 @@ from jaxllm.verify.scorecard import ROWS
 HEAD = """# Reliability
 
 What jaxllm promises about runs, checkpoints and data, and what was found when it was tried. `jaxllm verify` tries it on
-your machine; a plant for each check, in `tests/verify`, shows that it can fail. This page is written by
-`scripts/scorecard.sh`.
+your machine; a plant for each check, in `tests/verify`, shows that it can fail. `jaxllm verify --page FILE` writes this
+page, `scripts/scorecard.sh` with all cases. Its own small runs are compiled with few optimisations, but those of row
+16; a run of yours is compiled as it is.
 
 {when}
 
@@ -21,7 +22,7 @@ def page(found: dict[str, Any]) -> str:
     """Markdown. `found`: what `scorecard.run` gives."""
     promises = {row.number: row for row in ROWS}
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    dates = sorted({row.get("date", found["date"]) for row in found["rows"]}) or [found["date"]]
+    dates = sorted({row["date"] for row in found["rows"]}) or [found["date"]]
     dates = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     when = f"{found['tier'].capitalize()} tier, seed {found['seed']}, {dates}, {found['machine']}: {versions}."
     out = HEAD.format(when=when)

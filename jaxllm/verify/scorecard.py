@@ -227,7 +227,8 @@ def run(rows: Sequence[Row], lab: Lab, *, jobs: int = 1, keep: Callable[[dict], 
     found: dict[int, dict[str, Any]] = {}
 
     def whole() -> dict[str, Any]:
-        return {"rows": [found[n] for n in sorted(found)], "tier": "long" if lab.long else "quick", "seed": lab.seed}
+        tried = {"tier": "long" if lab.long else "quick", "seed": lab.seed, "run": lab.run_file}
+        return {"rows": [found[n] for n in sorted(found)]} | tried
 
     def take(result: dict[str, Any]) -> None:
         found[result["row"]] = result

@@ -71,8 +71,14 @@ def test_a_scorecard_goes_on_where_it_was(tmp_path, capsys):
     again = json.loads(file.read_text())["rows"]
     assert [row["figure"] == "f" for row in again] == [row["row"] != 14 for row in again]
     assert f"seed 0, 2020-01-01 to {again[13]['date']}, " in (tmp_path / "page.md").read_text()
-    for other, why in (([*argv, "--long"], "tier is quick, and long now"), ([*argv, "--seed", "1"], "seed is 0")):
+    for other, why in (
+        ([*argv, "--long"], "tier is quick, and long now"),
+        ([*argv, "--seed", "1"], "seed is 0"),
+        ([*argv, "--run", "demo"], "run is None"),
+    ):
         assert cli.main(other) == 2 and why in capsys.readouterr().err
+    file.write_text(file.read_text()[:-20])
+    assert cli.main(argv) == 2 and "no file of jaxllm verify --json" in capsys.readouterr().err
     assert cli.main(["verify", "--resume"]) == 2 and "--resume needs --json" in capsys.readouterr().err
 
 
@@ -353,7 +359,7 @@ def test_ones_own_run_keeps_its_model_and_gets_the_saves_of_a_check(lab):
 
 
 def test_ones_own_text_is_cut_too(lab, monkeypatch, tmp_path):
-    lab.run_file = str(Lab.settings(lab, tmp_path / "mine"))
+    lab.run_file = str(lab.settings(tmp_path / "mine"))
     monkeypatch.setattr(stream, "_streams", lambda lab: {"your own run": stream._own(lab)})
     few(monkeypatch, 6)
     found = stream.position(lab)
